@@ -444,17 +444,19 @@ def tiny_model(dropout: float = 0.0) -> LoTLIPModel:
     return model.train()
 
 
-def tiny_batch(batch_size: int) -> dict[str, Any]:
+def tiny_batch(batch_size: int, num_negatives: int = 0) -> dict[str, Any]:
     torch.manual_seed(3)
-    batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": tiny.input_ids(batch_size, 2, 8)}
+    long_input_ids = tiny.input_ids(batch_size, 2 + num_negatives, 8)
+    batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": long_input_ids}
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
     others = {"labels": torch.arange(batch_size) % 3 + 1}  # which no model takes
     others |= {"text_keys": KEYS[:batch_size], "tags": TAGS[:batch_size]}
     others["teacher_text_embeds"] = F.normalize(torch.randn(batch_size, 3, 24), dim=-1)
     others["teacher_image_embeds"] = F.normalize(torch.randn(batch_size, 24), dim=-1)
-    others["negative_embeds"] = F.normalize(torch.randn(batch_size, 2, 24), dim=-1)
-    others["negative_mask"] = torch.arange(2 * batch_size).view(batch_size, 2) % 3 > 0
+    if num_negatives:
+        numbers = torch.arange(num_negatives * batch_size).view(batch_size, num_negatives)
+        others["negative_mask"] = numbers % 3 > 0
     return {**batch, **others, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
 
@@ -492,7 +494,7 @@ def chunked_plain(
 def test_cached_gradients_are_the_plain_ones(
     dropout: float, terms: dict[str, dict[str, Any]], with_accelerator: bool
 ) -> None:
-    batch, objective = tiny_batch(7), make(terms)
+    batch, objective = tiny_batch(7, 2 if "negatives" in terms else 0), make(terms)
     model = tiny_model(dropout)
     plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)
     plain["loss"].backward()
