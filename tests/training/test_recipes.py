@@ -30,7 +30,7 @@ TOWERS = {
     "llm2clip": ("llama", "clip_vision_model"),
     "proclip-1": ("llama", "clip_vision_model"),
     "small-data": ("bert", "dinov2"),
-    "laclip": ("clip_text_model", "clip_vision_model"),
+    "laclip": ("bert", "vit"),
     "veclip": ("bert", "vit"),
     "hq-clip": ("bert", "vit"),
     "unime": ("bert", "vit"),
