@@ -7,9 +7,10 @@ with openai_server(fault=each_image_first("429")) as server:
     assert server.highest_at_once <= 4
 ```
 
-Its captions are a function of the decoded image, the prompt, the model's name and, where tokens are drawn, the seed;
-so two runs can be compared byte for byte. What it does wrong is up to `fault(number, image, body)`, which gets the
-number of the request, from 0, the decoded image and the request's JSON, and returns one of these, or None:
+A request may also be a text without an image. Its captions are a function of the decoded image, the prompt, the
+model's name and, where tokens are drawn, the seed; so two runs can be compared byte for byte. What it does wrong is
+up to `fault(number, image, body)`, which gets the number of the request, from 0, the decoded image and the request's
+JSON, and returns one of these, or None:
 
 | fault | what the server does |
 | --- | --- |
@@ -50,7 +51,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-Fault = Callable[[int, Image.Image, dict[str, Any]], str | None]
+Fault = Callable[[int, Image.Image | None, dict[str, Any]], str | None]
 
 MODEL = "tiny"
 COLOURS = ("black", "white", "red", "green", "blue", "yellow")
@@ -63,7 +64,7 @@ class Request:
     """A request that was well-formed: its number, whose image it was, the options and what went wrong with it."""
 
     number: int
-    image: str  # digest of the decoded image
+    image: str  # digest of the decoded image; empty without one
     size: tuple[int, int]
     options: dict[str, Any]  # the JSON but for its messages and `stream`
     prompt: str
@@ -72,17 +73,19 @@ class Request:
     fault: str | None
 
 
-def digest(image: Image.Image) -> str:
+def digest(image: Image.Image | None) -> str:
     """Identifies an image, as the server decoded it."""
+    if image is None:
+        return ""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 
-def is_probe(image: Image.Image) -> bool:
+def is_probe(image: Image.Image | None) -> bool:
     """Whether this is a plain picture: what a client sends to learn whether the endpoint works."""
-    return all(low == high for low, high in image.convert("RGB").getextrema())
+    return image is not None and all(low == high for low, high in image.convert("RGB").getextrema())
 
 
-def describe(image: Image.Image, prompt: str, model: str, seed: int | None = None) -> str:
+def describe(image: Image.Image | None, prompt: str, model: str, seed: int | None = None) -> str:
     """Four sentences about an image; those of other models, prompts and seeds are others."""
     draw = random.Random(f"{digest(image)} {prompt} {model} {seed}")
     things = [f"A {draw.choice(COLOURS)} {draw.choice(THINGS)}" for _ in range(4)]
@@ -94,7 +97,7 @@ def each_image_first(fault: str, times: int = 1) -> Fault:
     """A fault of the first requests with each image."""
     asked: Counter[str] = Counter()
 
-    def choose(number: int, image: Image.Image, body: dict[str, Any]) -> str | None:
+    def choose(number: int, image: Image.Image | None, body: dict[str, Any]) -> str | None:
         name = digest(image)
         asked[name] += 1  # the server calls this with its lock held
         return fault if asked[name] <= times else None
@@ -106,11 +109,11 @@ class Malformed(Exception):
     """A request that OpenAI's protocol does not know."""
 
 
-def read_request(body: Any) -> tuple[Image.Image, str]:
-    """The image and the prompt of a chat completion.
+def read_request(body: Any) -> tuple[Image.Image | None, str]:
+    """The image, if there is one, and the prompt of a chat completion.
 
     Raises:
-        Malformed: if there are not one image and one text at most, or an option is none.
+        Malformed: if there are not a text, or one image and one text at most, or an option is none.
     """
     options = {
         **{"model": str, "messages": list, "max_tokens": int, "temperature": (int, float), "top_p": (int, float)},
@@ -124,9 +127,11 @@ def read_request(body: Any) -> tuple[Image.Image, str]:
         raise Malformed("temperature must be from 0 to 2")
     try:
         [message] = body["messages"]
+        assert message["role"] == "user"
+        if isinstance(message["content"], str):
+            return None, message["content"]
         first, *texts = message["content"]
         data = first["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
-        assert message["role"] == "user"
         assert len(texts) <= 1
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["JPEG"])
         return image.convert("RGB"), texts[0]["text"] if texts else ""
@@ -158,13 +163,17 @@ class OpenAIServer(ThreadingHTTPServer):
         """How many requests there were with each image."""
         return Counter(request.image for request in self.requests)
 
-    def record(self, image: Image.Image, prompt: str, body: dict[str, Any], authorization: str | None) -> Request:
+    def record(
+        self, image: Image.Image | None, prompt: str, body: dict[str, Any], authorization: str | None
+    ) -> Request:
         with self.lock:
             number = len(self.requests)
             fault = self.fault(number, image, body) if self.fault is not None else None
             options = {name: value for name, value in body.items() if name not in ("messages", "stream")}
-            parts = tuple(part["type"] for part in body["messages"][0]["content"])
-            request = Request(number, digest(image), image.size, options, prompt, parts, authorization, fault)
+            content = body["messages"][0]["content"]
+            parts = () if isinstance(content, str) else tuple(part["type"] for part in content)
+            size = (0, 0) if image is None else image.size
+            request = Request(number, digest(image), size, options, prompt, parts, authorization, fault)
             self.requests.append(request)
             return request
 
@@ -209,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.server.seconds)
             self.answer(request, image)
 
-    def answer(self, request: Request, image: Image.Image) -> None:
+    def answer(self, request: Request, image: Image.Image | None) -> None:
         fault, _, argument = (request.fault or "").partition(":")
         options = request.options
         seed = options.get("seed") if options.get("temperature", 1) > 0 else None

@@ -31,6 +31,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -63,6 +64,11 @@ FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+# Those of language models take a text instead of parts
+TEXT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )
 
@@ -206,6 +212,12 @@ def save_llava(folder: str | Path, seed: int = 0, chat_template: str | None = CH
         chat_template=chat_template,
     )
     return _save(LlavaForConditionalGeneration(config), processor, words, folder, seed)
+
+
+def save_llama(folder: str | Path, seed: int = 0, chat_template: str | None = TEXT_TEMPLATE) -> None:
+    """A language model without images, with a chat template, or without one (`None`)."""
+    words = tokenizer(chat_template=chat_template)
+    _save(LlamaForCausalLM(language_model("llama", words)), words, words, folder, seed)
 
 
 def save_idefics3(folder: str | Path, seed: int = 0) -> PreTrainedModel:

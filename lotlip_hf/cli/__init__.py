@@ -9,7 +9,7 @@ from importlib.metadata import version
 from ..options import Parser, nearest
 from ..terminal import print_headed, run
 
-COMMANDS = ("search", "embed", "train", "relabel", "evaluate", "report", "convert", "push")
+COMMANDS = ("search", "embed", "train", "relabel", "curate", "evaluate", "report", "convert", "push")
 OVERVIEW = """\
 LoTLIP finds images by descriptions, short or a paragraph long. In these commands,
 `checkpoint` is a folder made by `lotlip convert` or `lotlip train`, or a Hub id.
@@ -25,6 +25,9 @@ Train or fine-tune a model:
 
 Write long captions for images:
   lotlip relabel --data photos --captioner llava-hf/llava-1.5-7b-hf --output captions
+
+Choose records with balanced captions:
+  lotlip curate --data "shards/*.tar" --metadata entries.txt --output ids.txt
 
 Evaluate a model and compare results:
   lotlip evaluate --model checkpoint --task scenes --output results.json

@@ -1,4 +1,4 @@
-"""`lotlip relabel`: writes long captions for images."""
+"""`lotlip relabel`: writes long captions for images, and rewrites, negatives and tags."""
 
 import os
 import sys
@@ -14,6 +14,9 @@ Write long captions for images with one or several captioning models. The output
 `lotlip train` reads. An interrupted command continues when it is run again.
 
   lotlip relabel --data photos --captioner llava-hf/llava-1.5-7b-hf --output captions
+
+With --input text or both, prompts contain captions of the record, and with --role the answers are rewrites, negatives
+or tags.
 
 Several processes can share the work.
 

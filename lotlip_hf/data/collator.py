@@ -30,20 +30,23 @@ class ModelInputs(TypedDict):
     spatial_shapes: torch.Tensor  # [B, 2], height and width in patches, only for SigLIP 2 NaFlex
     input_ids: torch.Tensor  # [B, L], short texts
     attention_mask: torch.Tensor  # [B, L]
-    long_input_ids: torch.Tensor  # [B, T - 1, L'], long texts, missing if T = 1
-    long_attention_mask: torch.Tensor  # [B, T - 1, L']
+    long_input_ids: torch.Tensor  # [B, T - 1 + n, L'], long texts, then n negatives; missing if there are none
+    long_attention_mask: torch.Tensor  # [B, T - 1 + n, L']
     kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
     image_states: torch.Tensor  # [B, pooled_size], instead of `pixel_values`
-    text_states: torch.Tensor  # [B, T, hidden_size], instead of ids and masks
+    text_states: torch.Tensor  # [B, T + n, hidden_size], instead of ids and masks
 
 
 class Batch(ModelInputs):
     """A batch of the collator."""
 
     image_keys: list[str]  # [B], instead of `pixel_values` if `frozen` contains images
-    texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
+    texts: list[list[str]]  # [B][T + n], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
+    negative_mask: torch.Tensor  # [B, n], `False` where a record lacks a negative, only with `num_negatives`
+    tags: torch.Tensor  # [B, K], digests of the tags, padded with 0, only with `return_tags`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
+    teacher_inputs: dict[str, Any]  # only with `read_for_teacher`
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
 
@@ -73,6 +76,17 @@ class LoTLIPCollator:
             with `equal_positives`: for a short text the digest of the short caption, for a long text that of all long
             captions of the record. Case and white space do not change a digest. `model(**batch)` does not accept
             `text_keys`.
+        num_negatives (`int`, *optional*, defaults to 0): Number of `negatives` of a record to draw in a step, without
+            repetition. They follow the long texts. Where a record has fewer, its short caption fills the row, and
+            `negative_mask` is `False`. With 0, negatives cost nothing: none is drawn, tokenised or embedded.
+            `model(**batch)` does not accept `negative_mask`; [`~lotlip_hf.training.objective.embed`] splits the
+            negatives off.
+        return_tags (`bool`, *optional*, defaults to `False`): Whether to add `tags` to batches: the digests of the
+            tags of each record, for which case and white space do not matter. K is the largest number of tags in the
+            batch, at least 1. Without it, tags cost nothing. `model(**batch)` does not accept `tags`.
+        read_for_teacher (`Callable`, *optional*): Returns the inputs of a teacher for a record, by name. They become
+            `teacher_inputs` of the batch: tensors [1, ...] are concatenated, other values are listed. An error that it
+            raises makes the record a broken one.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -109,11 +123,16 @@ class LoTLIPCollator:
         frozen: Collection[str] = (),
         return_texts: bool = False,
         return_text_keys: bool = False,
+        num_negatives: int = 0,
+        return_tags: bool = False,
+        read_for_teacher: Callable[[Record], Mapping[str, Any]] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
         if not 0 <= patch_dropout < 1 or (patch_dropout and not patch_size):
             raise ValueError(f"`patch_dropout` must be in [0, 1) and needs `patch_size`, got {patch_dropout}.")
+        if num_negatives < 0:
+            raise ValueError(f"`num_negatives` must be at least 0, got {num_negatives}.")
         self.processor = processor
         self.draw = draw or SubCaptions()
         self.seed = seed
@@ -124,6 +143,9 @@ class LoTLIPCollator:
         self.frozen = frozen
         self.return_texts = return_texts
         self.return_text_keys = return_text_keys
+        self.num_negatives = num_negatives
+        self.return_tags = return_tags
+        self.read_for_teacher = read_for_teacher
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -165,11 +187,14 @@ class LoTLIPCollator:
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
         images: list[Any] = []
+        inputs: list[Mapping[str, Any]] = []
         errors: list[ValueError] = []
         for record in records:
             try:
                 # One image at a time, as a batch of large images could fill the memory.
                 read, image = read_record(record, load)
+                if self.read_for_teacher is not None:
+                    inputs.append(self.read_for_teacher(read))
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -199,18 +224,28 @@ class LoTLIPCollator:
             batch["image_keys"] = images
         else:
             batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
+        if self.patch_dropout and self.patch_size:
+            batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
+        negatives = [
+            _draw_negatives(record, self.num_negatives, rng) for record, rng in zip(checked, rngs, strict=True)
+        ]
+        rows = [[*drawn.long, *own] for drawn, (own, _) in zip(texts, negatives, strict=True)]
         if "text" not in self.frozen:
             short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
             batch |= {"input_ids": short["input_ids"], "attention_mask": short["attention_mask"]}
-            if any(numbers):
-                long = self.processor(text=[drawn.long for drawn in texts], return_tensors="pt")
+            if any(rows):
+                long = self.processor(text=rows, return_tensors="pt")
                 batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if "text" in self.frozen or self.return_texts:
-            batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
+            batch["texts"] = [[drawn.short, *row] for drawn, row in zip(texts, rows, strict=True)]
         if self.return_text_keys:
             batch["text_keys"] = torch.tensor([_text_keys(*pair) for pair in zip(checked, texts, strict=True)])
-        if self.patch_dropout and self.patch_size:
-            batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
+        if self.num_negatives:
+            batch["negative_mask"] = torch.tensor([mask for _, mask in negatives])
+        if self.return_tags:
+            batch["tags"] = _tag_keys(checked)
+        if inputs:
+            batch["teacher_inputs"] = {name: _joined([each[name] for each in inputs]) for name in inputs[0]}
         batch["return_loss"] = True
         if self.return_ids:
             batch |= {"ids": [record["id"] for record in checked], "counts": dict(counts)}
@@ -246,6 +281,25 @@ def _key(image: Any, name: str) -> str:
     if isinstance(image, Exception):
         raise image
     return image
+
+
+def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str], list[bool]]:
+    """Returns negatives of a record, filled up with its short caption, and which of them are negatives."""
+    known = record.get("negatives", []) if number else []
+    drawn = rng.sample(known, min(number, len(known)))
+    rest = number - len(drawn)
+    return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
+
+
+def _tag_keys(records: Sequence[Record]) -> torch.Tensor:
+    """Returns the digests [B, K] of the tags of each record, padded with 0."""
+    digests = [[_digest([tag]) for tag in record.get("tags", [])] for record in records]
+    longest = max(1, *map(len, digests))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in digests])
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def _text_keys(record: Record, texts: Texts) -> list[int]:

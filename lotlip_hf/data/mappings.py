@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from ..files import printable
 from .readers import column_of
-from .record import OPTIONAL
+from .record import OPTIONAL, VECTORS
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ class MissingColumn(ValueError):
 
     Args:
         problem (`str`): A sentence that names the missing column.
-        field (`str`): Field of [`ColumnMapping`] that names the column: `"image"`, `"short"` or `"long"`.
+        field (`str`): Field of [`ColumnMapping`] that names the column, such as `"image"`.
         hint (`str`, *optional*): Advice in one sentence. Defaults to advice for `load_records`.
     """
 
@@ -44,7 +44,8 @@ class ColumnMapping:
             For samples with several images, name the extension of one (`input.jpg`).
         long (`str` or `tuple[str, ...]`, *optional*, defaults to `"long_captions"`): Columns of the long captions. A
             value is a text or a list of texts. The captioners are numbered in this order. `*` and `?` match parts of a
-            name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions.
+            name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions. With
+            `None` at the end of a tuple, the data set may lack the columns.
         short (`str` or `tuple[str, ...]`, *optional*, defaults to `("short_caption", None)`): Column of the short
             caption. `None` means the first sentence of the first long caption. In a tuple, `None` comes last and is
             used if no column exists.
@@ -53,10 +54,12 @@ class ColumnMapping:
             digest of the record.
         negatives, rewrites, tags, regions, group (`str`, *optional*): Columns of the optional fields of a
             [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack them.
+        teacher_image_embeds, teacher_text_embeds (`str`, *optional*): Columns of embeddings of the image and of the
+            short caption, lists of numbers. A record without a list of finite numbers is broken.
     """
 
     image: str | tuple[str, ...] = ("image", "file_name")
-    long: str | tuple[str, ...] = "long_captions"
+    long: str | tuple[str | None, ...] = "long_captions"
     short: str | tuple[str | None, ...] | None = ("short_caption", None)
     id: str | tuple[str, ...] | None = "id"
     negatives: str | None = None
@@ -64,6 +67,8 @@ class ColumnMapping:
     tags: str | None = None
     regions: str | None = None
     group: str | None = None
+    teacher_image_embeds: str | None = None
+    teacher_text_embeds: str | None = None
 
     @property
     def optional(self) -> dict[str, str]:
@@ -80,7 +85,7 @@ _RECAP_LONG = ColumnMapping(
 )
 MAPPINGS = {
     # The column names of this package. `file_name` is the image column of image folders with metadata.
-    "records": ColumnMapping(**{name: name for name in OPTIONAL}),
+    "records": ColumnMapping(**{name: name for name in OPTIONAL if name not in VECTORS}),
     # DreamLIP's long captions of CC3M, CC12M and YFCC15M: InstructBLIP, ShareGPT4V, LLaVA.
     "dreamlip": ColumnMapping(
         image=("image", "Image Path"),
@@ -120,19 +125,23 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
         if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
             raise missing("short", alternatives(mapping.short))
     long: list[str] = []
+    may_lack = isinstance(mapping.long, tuple) and None in mapping.long and short is not None
     for wanted in alternatives(mapping.long):
         if "*" in wanted or "?" in wanted:
             matched = [column for column in columns if fnmatchcase(column, wanted) and column != short]
             long += [column for column in matched if column not in long]
         elif column_of(wanted, columns):
             long.append(wanted)
-        else:
+        elif not may_lack:
             raise missing("long", (wanted,))
-    if not long and mapping.long:
+    if not long and mapping.long and not may_lack:
         raise missing("long", alternatives(mapping.long))
     image = first(alternatives(mapping.image))
     if image is None:
         raise missing("image", alternatives(mapping.image))
+    for field in VECTORS:
+        if (column := getattr(mapping, field)) is not None and column_of(column, columns) is None:
+            raise missing(field, (column,))
     if short is None and mapping.short is not None:
         logger.warning(
             "%s has no column %s. The first sentence of the first long caption is used as the short caption. To use a "

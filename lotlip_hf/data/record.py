@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, TypedDict, cast
 
 from ..files import MAX_CHARACTERS, printable
 
+MAX_FLOAT = 3.4e38  # of float32
+
 
 class RecordError(ValueError):
     """A record is broken. The message contains the id of the record."""
@@ -46,6 +48,8 @@ class Record(RequiredFields, total=False):
     tags: list[str]
     regions: list[Region]
     group: str
+    teacher_image_embeds: list[float]
+    teacher_text_embeds: list[float]
 
 
 class Texts(NamedTuple):
@@ -90,6 +94,14 @@ def _is_region(value: Any) -> bool:
     return False
 
 
+def _is_vector(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(type(one) in (int, float) and abs(one) <= MAX_FLOAT for one in value)  # not for NaN
+    )
+
+
 TEXT = Kind("a text", lambda value: isinstance(value, str), lambda value: [value])
 TEXTS = Kind("a list of texts", _is_texts, list)
 REGIONS = Kind(
@@ -97,7 +109,10 @@ REGIONS = Kind(
     lambda value: isinstance(value, list) and all(map(_is_region, value)),
     lambda value: [region["text"] for region in value],
 )
-OPTIONAL = {"negatives": TEXTS, "rewrites": TEXTS, "tags": TEXTS, "regions": REGIONS, "group": TEXT}
+VECTOR = Kind("a list of finite numbers", _is_vector, lambda value: [])
+# Embeddings that were computed before, for `--teacher columns`
+VECTORS = {"teacher_image_embeds": VECTOR, "teacher_text_embeds": VECTOR}
+OPTIONAL = {"negatives": TEXTS, "rewrites": TEXTS, "tags": TEXTS, "regions": REGIONS, "group": TEXT, **VECTORS}
 FIELDS = {"short_caption": TEXT, "long_captions": TEXTS, **OPTIONAL}
 
 
@@ -141,7 +156,7 @@ def check_record(record: Mapping[str, Any]) -> Record:
     checked = {name: value for name, value in record.items() if name not in OPTIONAL}
     for name, kind in OPTIONAL.items():
         value = record.get(name)
-        if value := [text for text in value if text] if value and kind is TEXTS else value:
+        if value := [text for text in value if text and text.strip()] if value and kind is TEXTS else value:
             checked[name] = value
     captions = [caption or "" for caption in record["long_captions"] or ()]
     return cast(Record, {**checked, "id": record_id, "long_captions": captions})

@@ -27,12 +27,12 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers.utils import logging
 
-from ..files import MAX_BYTES, printable, replacing
+from ..files import MAX_BYTES, parse_json, printable, replacing
 from ..images import image_extensions, image_source
 from ..terminal import progress_bar
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, column_of, read_rows, value_of
-from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
+from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, VECTOR, VECTORS, Kind, RequiredFields, problem_of
 from .sentences import split_sentences
 from .sources import SplitError, find_files, is_hub_name, kind_of
 
@@ -52,11 +52,13 @@ __all__ = [
 
 FIRST_ROWS = 20  # rows that are read to find the columns
 TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26  # maximum size of a block of records that is written to a table
-TABLE_VERSION = 2  # version of the tables in the cache
+NUMBER_BYTES = 32  # of a number in a list of Python
+TABLE_VERSION = 3  # version of the tables in the cache
 COLUMNS: dict[Kind, Any] = {
     TEXT: Value("string"),
     TEXTS: List(Value("string")),
     REGIONS: List({"box": List(Value("float64")), "text": Value("string")}),
+    VECTOR: List(Value("float32")),
 }
 FEATURES = Features(
     {
@@ -241,8 +243,21 @@ def first_error(records: Dataset | IterableDataset) -> str | None:
     """Returns the first `error` in a table of [`read_table`], or `None`."""
     if not isinstance(records, Dataset) or records.features.get("image") != FEATURES["image"]:
         return None
-    errors = records.data.column("error").drop_null()
+    errors = records.select_columns("error").with_format("arrow")[:]["error"].drop_null()
     return errors[0].as_py() if len(errors) else None
+
+
+def ids_of(records: Dataset) -> Iterator[str]:
+    """Yields the ids of a table of records."""
+    return (record["id"] for record in without_images(records))
+
+
+def without_images(records: Any) -> Any:
+    """Returns records without their images if they are a table of [`read_table`] or have no transform; else as is."""
+    if isinstance(records, Dataset) and "image" in records.features:
+        if records.features["image"] == FEATURES["image"] or records.format["type"] is None:
+            return records.remove_columns("image")
+    return records
 
 
 def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:
@@ -263,6 +278,7 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 for name, kind in FIELDS.items():
                     texts += [] if record.get(name) is None else kind.texts(record[name])
                 size += len(content or b"") + sum(len(text) for text in texts if text)
+                size += sum(NUMBER_BYTES * len(record.get(name) or ()) for name in VECTORS)
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
@@ -333,7 +349,7 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
         if value is None or value == "":
             continue
         value = OPTIONAL_READERS[OPTIONAL[name]](value)
-        if OPTIONAL[name].is_valid(value):
+        if name in VECTORS or OPTIONAL[name].is_valid(value):
             record[name] = value
         else:  # the column may have another meaning
             logger.warning_once(
@@ -362,10 +378,19 @@ def _regions(value: Any) -> Any:
     return [{"box": region.get("box"), "text": _whole(region.get("text"))} for region in value]
 
 
+def _vector(value: Any) -> Any:
+    """Parses the JSON list of a cell of a CSV file."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 OPTIONAL_READERS: dict[Kind, Callable[[Any], Any]] = {
     TEXT: lambda value: _whole(_as_text(value)),
     TEXTS: lambda value: list(map(_whole, value if isinstance(value, list) else [value])),
     REGIONS: _regions,
+    VECTOR: _vector,
 }
 
 

@@ -1,4 +1,4 @@
-"""Captions the images of chunks, several groups at the same time."""
+"""Captions the images or rewrites the texts of chunks, several groups at the same time."""
 
 import contextlib
 import hashlib
@@ -13,23 +13,39 @@ from tqdm import tqdm
 
 from ..data.record import RecordError
 from ..images import ImageError, image_source, load_image
-from .captioners.base import IMAGE_ERRORS, Answer, Captioner, CaptionerConfig
+from .captioners.base import IMAGE_ERRORS, PLACEHOLDER, Answer, Captioner, CaptionerConfig, fill, filled_with
 from .captioners.endpoint import shrunk
 from .chunks import Chunk, open_journal
-from .config import NO_ANSWER, RelabelConfig
+from .config import NO_ANSWER, NO_TEXT, RelabelConfig
 from .journal import DamagedError, Journal
-from .quality import judge
-from .storage import Storage, as_text, digest, file_of, writable
+from .quality import Judgement, judge, judge_list
+from .storage import Storage, as_text, digest, file_of, long_captions, raw_caption, writable
 
 READERS = 4  # threads that decode images in advance
 
 
 class _Read(NamedTuple):
-    """The image of a record with the digest of its file (if files are copied), or the reason to skip it."""
+    """The image of a record (if it is read) and the digest of its file (if it is copied), or the reason to skip it."""
 
     image: Image.Image | None = None
     skip: str = ""
     digest: str | None = None
+
+
+class _Texts(NamedTuple):
+    """The texts of a record that a prompt may contain, or the reason why an earlier captioner skipped the record."""
+
+    caption: str = ""
+    captions: tuple[str, ...] = ()
+    skip: str = ""
+
+    def by_placeholder(self) -> dict[str, str]:
+        """Returns the text of each placeholder."""
+        return {"{caption}": self.caption, "{captions}": "\n".join(self.captions)}
+
+    def fill(self, prompt: str) -> str:
+        """Returns a prompt with these texts."""
+        return fill(prompt, self.by_placeholder())
 
 
 @dataclass
@@ -84,14 +100,17 @@ class Captioning:
             if any(len(groups.get(n, ())) != len(captions) for n, captions in journal.groups.items()):
                 raise DamagedError(journal.partial, "the captions belong to other records")
             missing = {n: group for n, group in groups.items() if n not in journal.groups}
+            texts = self._texts(chunk) if missing else []
             self.bar.update(sum(len(group) for n, group in groups.items() if n in journal.groups))
             opened = _Open(chunk, journal, len(missing))
             if not missing:
                 journal.complete()
                 yield chunk
             for n, group in missing.items():
-                images = readers.submit(list, map(self._read_image, group))
-                future = askers.submit(self._caption_group, captioner, journal, n, group, images)
+                start = n * captioner.group_size
+                known = texts[start : start + len(group)]
+                read = readers.submit(list, map(self._read_image, group, known))
+                future = askers.submit(self._caption_group, captioner, journal, n, group, known, read)
                 self._pending[future] = opened
                 if len(self._pending) > 2 * captioner.concurrency:
                     yield from self._settle()
@@ -116,11 +135,31 @@ class Captioning:
                 opened.journal.complete()
                 yield opened.chunk
 
-    def _read_image(self, record: Mapping[str, Any]) -> _Read:
+    def _texts(self, chunk: Chunk) -> list[_Texts]:
+        """Returns the texts that the prompts of a chunk contain, or that its answers must differ from."""
+        if self.options.input == "image" and self.options.role == "long":
+            return [_Texts()] * len(chunk.records)
+        earlier = [
+            (self.config.captioners[number].role, open_journal(self.config, chunk, number).captions())
+            for number in range(self.number)
+        ]
+        texts = []
+        for index, record in enumerate(chunk.records):
+            answers = [(role, captions[index]) for role, captions in earlier]
+            long = long_captions(record) + [one.get("text", "") for role, one in answers if role == "long"]
+            skip = next((one["skip"] for _, one in answers if "skip" in one), "")
+            texts.append(_Texts(raw_caption(record), tuple(filter(str.strip, long)), skip))
+        return texts
+
+    def _read_image(self, record: Mapping[str, Any], texts: _Texts) -> _Read:
+        if texts.skip:
+            return _Read(skip=texts.skip)
         try:
             if record.get("error"):
                 raise RecordError(record["error"])
             str(image_source(record["image"]).path).encode()  # Parquet and JSON need names in UTF-8
+            if self.options.input == "text" and not self.config.copies_images:
+                return _Read()
             source = self.storage.read(record["image"])
             image = load_image(source, "image")
             self.storage.was_read(record["image"])
@@ -140,26 +179,29 @@ class Captioning:
         journal: Journal,
         number: int,
         group: Sequence[Mapping[str, Any]],
+        texts: Sequence[_Texts],
         images: "Future[list[_Read]]",
     ) -> int:
         """Captions a group, saves the captions in the journal, and returns the number of records."""
         read = images.result()
-        captions: list[dict[str, Any]] = [{} if one.image is not None else {"skip": one.skip} for one in read]
+        captions = [
+            {"skip": one.skip} if one.skip else _without_text(self.options.prompt, known)
+            for one, known in zip(read, texts, strict=True)
+        ]
         asked = [index for index, caption in enumerate(captions) if not caption]
         for attempt in range(self.max_attempts):
             if not asked:
                 break
             seeds = [_seed(self.config.seed, self.number, group[index]["id"], attempt) for index in asked]
-            images_of = [image for index in asked if (image := read[index].image) is not None]
-            answers = self._ask(captioner, images_of, self.options.settings(attempt), seeds)
+            images_of = [None if self.options.input == "text" else read[index].image for index in asked]
+            prompts = [texts[index].fill(self.options.prompt) for index in asked]
+            answers = self._ask(captioner, images_of, prompts, self.options.settings(attempt), seeds)
             again = []
             for index, answer in zip(asked, answers, strict=True):
                 if answer.error is not None:
                     text, reasons = "", (NO_ANSWER,)
                 else:
-                    text, reasons = judge(
-                        writable(answer.text), self.options.prompt, answer.finished, self.config.rules
-                    )
+                    text, reasons = self._judge(answer, texts[index])
                 earlier = captions[index]
                 captions[index] = {
                     "text": text,
@@ -180,29 +222,57 @@ class Captioning:
         journal.add(number, captions)
         return len(group)
 
+    def _judge(self, answer: Answer, texts: _Texts) -> Judgement:
+        """Finds the problems of an answer. Tags may repeat texts of the prompt, rewrites and negatives must not."""
+        role, prompt, rules = self.options.role, filled_with(self.options.prompt, ""), self.config.rules
+        text = writable(answer.text)
+        if role == "long":
+            return judge(text, prompt, answer.finished, rules)
+        is_tags = role == "tags"
+        known = () if is_tags else (texts.caption, *texts.captions)
+        return judge_list(text, prompt, answer.finished, rules, known=known, commas=is_tags)
+
     def _ask(
-        self, captioner: Captioner, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]
+        self,
+        captioner: Captioner,
+        images: Sequence[Image.Image | None],
+        prompts: Sequence[str],
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
     ) -> list[Answer]:
         """
-        Returns the answers. After an error each image is sent separately. If an image still fails, a grey test image
-        shows whether the image or the model is the cause.
+        Returns the answers. After an error each record is sent separately. If a record still fails, a grey test image
+        or a short text shows whether the record or the model is the cause.
         """
+        own = () if self.options.input == "image" else (prompts,)  # engines that describe images need not take prompts
         try:
-            return captioner.answer(images, settings, seeds)
+            return captioner.answer(images, settings, seeds, *own)
         except torch.OutOfMemoryError:
             raise
         except IMAGE_ERRORS as error:
             if len(images) > 1:
-                pairs = zip(images, seeds, strict=True)
-                return [self._ask(captioner, [image], settings, [seed])[0] for image, seed in pairs]
+                asked = zip(images, prompts, seeds, strict=True)
+                return [self._ask(captioner, [image], [text], settings, [seed])[0] for image, text, seed in asked]
+            what = "text" if self.options.input == "text" else "image"
+            test_image = Image.new("RGB", (224, 224), "grey") if what == "image" else None
             try:
-                captioner.answer([Image.new("RGB", (224, 224), "grey")], settings, seeds)
+                captioner.answer([test_image], settings, seeds, *([self.options.test_prompt] for _ in own))
             except IMAGE_ERRORS:
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(
-                    f"{self.options.model} fails on every image ({reason}). The captions so far are saved."
+                    f"{self.options.model} fails on every {what} ({reason}). The captions so far are saved."
                 ) from error
-            return [Answer("", error=f"the model fails on this image ({type(error).__name__}: {error})")]
+            return [Answer("", error=f"the model fails on this {what} ({type(error).__name__}: {error})")]
+
+
+def _without_text(prompt: str, texts: _Texts) -> dict[str, Any]:
+    """Returns the caption of a record without a text that the prompt needs; empty if there are all."""
+    known = texts.by_placeholder()
+    missing = [name for name in PLACEHOLDER.findall(prompt) if not known[name]]
+    if not missing:
+        return {}
+    reason = {"reasons": [NO_TEXT], "earlier_reasons": [], "dropped": f"the record has no {missing[0]}"}
+    return {"text": "", "attempts": 0, **reason}
 
 
 def _max_attempts(options: CaptionerConfig, wanted: int) -> int:

@@ -14,17 +14,22 @@ from ..data.sentences import split_sentences
 from ..evaluation.tables import Format, table
 from ..files import markdown_text, printable, replacing, write_json
 from ..plots import COLOURS, figure, save, wrapped
-from .captioners.base import published_name
+from .captioners.base import ROLES, published_name
 from .chunks import SUFFIXES
-from .config import NO_ANSWER, RelabelConfig
+from .config import NO_ANSWER, NO_TEXT, RelabelConfig
 from .quality import REASONS
 
 CARD = "README.md"
 HISTOGRAMS = "histograms.png"
 STATISTICS = "statistics.json"
-EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint or the model's processor rejects the image."}
+EXPLAINED = {
+    **REASONS,
+    NO_ANSWER: "The endpoint or the model's processor rejects the image or the text.",
+    NO_TEXT: "The record lacks a text that the prompt needs.",
+}
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")  # by digits
 COUNTED = ("tokens", "sub_captions")
+ALL = "all long captions"
 
 
 def shard_statistics(
@@ -73,13 +78,16 @@ def shard_statistics(
 def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
     """
     Adds up the counts of all shards, and computes means. The result has `images`, `skipped`, and `captions`: a list of
-    the statistics of the raw captions, of each captioner, and of all long captions.
+    the statistics of the raw captions, of each captioner, and of all long captions if a captioner writes them.
     """
     images = sum(shard["images"] for shard in shards)
     rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
     for number, captioner in enumerate(config.captioners):
-        rows.append(_merged(published_name(captioner.model), [shard["captioners"][number] for shard in shards]))
-    rows.append(_merged("all long captions", [{name: row[name] for name in COUNTED} for row in rows[1:]]))
+        name = published_name(captioner.model) + ("" if captioner.role == "long" else f" ({captioner.role})")
+        rows.append(_merged(name, [shard["captioners"][number] for shard in shards]))
+    if config.writes_long:
+        long = [row for row, captioner in zip(rows[1:], config.captioners, strict=True) if captioner.role == "long"]
+        rows.append(_merged(ALL, [{name: row[name] for name in COUNTED} for row in long]))
     return {"images": images, "skipped": num_skipped, "captions": rows}
 
 
@@ -136,17 +144,18 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
     )
     captioners = [
         f"| {_cell(published_name(one.model))} | {_cell(', '.join(known)) or '-'} | "
-        f"{'an endpoint' if one.endpoint else 'transformers'} | {_cell(one.prompt) or '(none)'} | "
+        f"{'an endpoint' if one.endpoint else 'transformers'} | "
+        f"{f'{one.input} | {ROLES[one.role]} | ' if config.uses_texts else ''}{_cell(one.prompt) or '(none)'} | "
         f"{_code(one.published_settings())} | {_code(json.dumps(dict(one.retry)))} |"
         for one, known in zip(config.captioners, revisions, strict=False)
     ]
-    long = statistics["captions"][1:-1]
+    rows = statistics["captions"][1 : len(captioners) + 1]
     reasons = [
-        reason for reason in EXPLAINED if any(reason in row[kind] for row in long for kind in KINDS if kind in row)
+        reason for reason in EXPLAINED if any(reason in row[kind] for row in rows for kind in KINDS if kind in row)
     ]
     quality = [
         f"| {reason}: {EXPLAINED[reason]} | {config.policies.get(reason, 'drop')} | "
-        + " | ".join(f"{sum(row.get(kind, {}).get(reason, 0) for row in long):,}" for kind in KINDS)
+        + " | ".join(f"{sum(row.get(kind, {}).get(reason, 0) for row in rows):,}" for kind in KINDS)
         + " |"
         for reason in reasons
     ]
@@ -157,6 +166,13 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
         captioners="\n".join(captioners),
         number=len(config.captioners),
         models="model" if len(config.captioners) == 1 else "models",
+        title="long captions" if config.writes_long else "captions",
+        written="Long captions" if not config.uses_texts else "Captions",
+        long=LONG if config.writes_long else "long captions of the source data",
+        head=" input | field |" if config.uses_texts else "",
+        rule=" --- | --- |" if config.uses_texts else "",
+        columns=ROLE_COLUMNS if config.uses_texts else "",
+        details=", `.input`, `.role`" if config.uses_texts else "",
         table=statistics_table(statistics),
         tokenizer=_code(published_name(config.tokenizer)),
         skipped=f"{statistics['skipped']:,}",
@@ -165,6 +181,11 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
     )
 
 
+LONG = "one caption by each model that writes long captions, in the order above; empty if it was dropped"
+ROLE_COLUMNS = """\
+| `rewrites`, `negatives`, `tags` | texts by the models with this field, or those of the source data if there is none |
+| `regions`, `group` | those of the source data |
+"""
 KINDS = ("mended", "marked", "dropped_for")
 QUALITY_HEAD = (
     "| problem | policy | fixed by another attempt | kept and marked | dropped |",
@@ -175,9 +196,9 @@ CARD_TEXT = """\
 {metadata}
 ---
 
-# {images} images with long captions
+# {images} images with {title}
 
-Long captions by {number} {models}, written with `lotlip relabel` of lotlip-hf. They are made for LoTLIP
+{written} by {number} {models}, written with `lotlip relabel` of lotlip-hf. They are made for LoTLIP
 ([arXiv:2410.05249](https://arxiv.org/abs/2410.05249)), which trains on one short and several long captions per image.
 
 ## Statistics
@@ -193,8 +214,8 @@ Skipped records: {skipped}. Their image is unreadable, or they have no caption. 
 
 ## Captioning models
 
-| model | revision | run by | prompt | settings | changes for further attempts |
-| --- | --- | --- | --- | --- | --- |
+| model | revision | run by |{head} prompt | settings | changes for further attempts |
+| --- | --- | --- |{rule} --- | --- | --- |
 {captioners}
 
 ## Quality of the captions
@@ -210,9 +231,9 @@ Limits: {rules}. An answer that was cut off is trimmed to its last complete sent
 | `id` | id of the record in the source data |
 | `image` | contents and name of the image file, or only its path relative to the image folder (see `--embed-images`) |
 | `short_caption` | raw caption, or the first sentence of the first long caption if there is no raw caption |
-| `long_captions` | one caption by each model, in the order above; empty if it was dropped |
-| `captions` | details of each long caption |
-| `captions.model`, `.revision`, `.prompt`, `.settings` | model, prompt and settings (JSON) of the caption |
+| `long_captions` | {long} |
+{columns}| `captions` | details of the answer of each model, in the order above |
+| `captions.model`, `.revision`, `.prompt`, `.settings`{details} | model, prompt and settings (JSON) of the caption |
 | `captions.attempts` | number of attempts |
 | `captions.tokens`, `.sub_captions` | length in tokens and in sub-captions |
 | `captions.reasons`, `.earlier_reasons` | problems of the caption, and problems of earlier attempts |
@@ -230,7 +251,7 @@ If `image` is a path, add `--image-folder FOLDER`.
 
 
 def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
-    rows = [row for row in statistics["captions"][:-1] if row["texts"]]
+    rows = [row for row in statistics["captions"] if row["texts"] and row["name"] != ALL]
     picture = figure(8, 3.6)
     for axes, what, label in zip(picture.subplots(1, 2), COUNTED, ("tokens", "sub-captions"), strict=True):
         longest = max((value for row in rows for value in row[what]), default=1)

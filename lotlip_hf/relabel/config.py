@@ -16,7 +16,7 @@ from .quality import REASONS, QualityRules
 if TYPE_CHECKING:
     from ..data.records import ColumnMapping
 
-NO_ANSWER = "no_answer"
+NO_ANSWER, NO_TEXT = "no_answer", "no_text"
 # For a bad caption: request it again and drop it if it is still bad, drop it, or keep and mark it
 Policy = Literal["retry", "drop", "keep"]
 POLICIES: dict[str, Policy] = {
@@ -115,11 +115,29 @@ class RelabelConfig:
         """Whether the shards contain image files instead of paths."""
         return self.embed_images or self.format == "webdataset"
 
+    @property
+    def writes_long(self) -> bool:
+        """Whether a captioner writes long captions."""
+        return any(one.role == "long" for one in self.captioners)
+
+    @property
+    def uses_texts(self) -> bool:
+        """
+        Whether a captioner reads texts or writes something else than long captions. The shards then have all fields of
+        the records.
+        """
+        return any(one.input != "image" or one.role != "long" for one in self.captioners)
+
     def column_mapping(self) -> "ColumnMapping":
-        """Returns the columns of the mapping, or of the options that replace them, without long captions."""
+        """
+        Returns the columns of the mapping, or of the options that replace them. Long captions are left out if new ones
+        replace them and no prompt contains them.
+        """
         from ..data.records import MAPPINGS
 
-        mapping = replace(MAPPINGS[self.mapping], long=())
+        mapping = MAPPINGS[self.mapping]
+        if self.writes_long and not any("{captions}" in one.prompt for one in self.captioners):
+            mapping = replace(mapping, long=())
         if self.short_column is not None:
             mapping = replace(mapping, short=None if self.short_column == "none" else self.short_column)
         columns = {"image": self.image_column, "id": self.id_column}

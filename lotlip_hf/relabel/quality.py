@@ -7,10 +7,11 @@ removed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..data.record import caption_key
 from ..modeling.sentences_lotlip import (
     ABBREVIATIONS,
     HAS_WORD,
@@ -25,7 +26,7 @@ from ..options import check, option
 REASONS = {
     "empty": "The answer has no words.",
     "refusal": "The model answers that it cannot see or describe the image.",
-    "copied_prompt": "The caption is the prompt, starts with it, or mostly consists of its words.",
+    "copied_prompt": "The caption is the prompt, starts with it, mostly consists of its words, or lists known ones.",
     "loop": "A group of words or characters is repeated many times in a row.",
     "repeated_sentence": "A sentence occurs more than once.",
     "cut_off": "The answer is incomplete. It is trimmed to its last complete sentence, if it has one.",
@@ -49,6 +50,8 @@ WORDS = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+(?:[{VOWEL_SIGNS}]+[^\W_{N
 HAS_NO_SPACES = re.compile(f"[{NO_SPACES}]")
 CLOSING = re.compile("[」』）】”’]*")
 COLONS = frozenset(":：")
+# Bullets and numbers: "- ", "* ", "1. ", "2) ", "(3) "
+LINE_START = re.compile(r"\A\s*(?:[-*+\u2022\u2013\u2014]\s+|\u2022|\(?\d{1,3}[.)]\s+|\(\d{1,3}\)\s*)+")
 FINAL_MARKS = frozenset(".!?…。！？．｡।॥؟۔")
 # A final full stop that may be part of an incomplete number or abbreviation, such as "3." or "p."
 HALF_WRITTEN = re.compile(r"(?:\d|\b[A-Za-z])\.\Z")
@@ -128,7 +131,7 @@ class QualityRules:
 
 
 class Judgement(NamedTuple):
-    """`text` is the trimmed caption. `reasons` lists its problems, in the order of `REASONS`."""
+    """`text` is the trimmed caption, or a list with one text a line. `reasons` lists its problems."""
 
     text: str
     reasons: tuple[str, ...]
@@ -180,6 +183,79 @@ def judge(
     if _count_words(_split_words(text)) < rules.min_words:
         found.add("too_short")
     return Judgement(text, tuple(reason for reason in REASONS if reason in found))
+
+
+def judge_list(
+    text: str,
+    prompt: str = "",
+    finished: bool | None = None,
+    rules: QualityRules = QualityRules(),
+    *,
+    known: Sequence[str] = (),
+    commas: bool = False,
+) -> Judgement:
+    """
+    Finds the problems of an answer that is a list with one text a line: rewrites, negatives or tags.
+
+    Bullets and numbers at line starts, a first line that announces the list, lines without words, repeated lines, and
+    lines that equal a known text are removed. An incomplete last line is removed, too. The texts may be short, so
+    `rules.min_words` does not apply.
+
+    Args:
+        text (`str`): Answer, without the prompt.
+        prompt (`str`, *optional*, defaults to `""`): Prompt of the model.
+        finished (`bool`, *optional*): Whether the model ended its answer; `False` if it reached the token limit.
+        rules (`QualityRules`, *optional*): Limits of the checks.
+        known (`Sequence[str]`, *optional*): Texts of which the answer must contain others. A list of only known texts
+            is a `copied_prompt`.
+        commas (`bool`, *optional*, defaults to `False`): Whether commas separate texts, too.
+
+    Returns:
+        `Judgement`: The texts, joined by line ends, and the reasons.
+
+    Example:
+
+    ```python
+    >>> judge_list("Here are two:\\n1. A red cat.\\n2) A green cat.").text.split("\\n")
+    ['A red cat.', 'A green cat.']
+    ```
+    """
+    text = _clean(text)
+    if len(text) > rules.max_characters:
+        return Judgement(text, ("too_long",))
+    lines = [line for line in text.split("\n") if HAS_WORD.search(line)]
+    if len(lines) > 1 and lines[0].rstrip(" *_")[-1:] in COLONS:
+        del lines[0]
+    texts = [
+        LINE_START.sub("", f"{line} ").strip() for line in (re.split("[,\n]", "\n".join(lines)) if commas else lines)
+    ]
+    texts = [one for one in texts if HAS_WORD.search(one)]
+    found = set()
+    if finished is False and texts:
+        found.add("cut_off")
+        texts = texts[:-1] or [_trim(texts[0])]
+    texts = distinct(texts)
+    if not texts:
+        return Judgement("", ("empty",))
+    keys = set(map(caption_key, known))
+    new = [one for one in texts if caption_key(one) not in keys]
+    joined = "\n".join(new or texts)
+    words = _split_words(joined)
+    checks = {
+        "refusal": _is_refusal(text),
+        "copied_prompt": not new or _is_copied(joined, words, prompt, rules),
+        "loop": _has_loop(text, _split_words(text), rules),
+    }
+    found |= {reason for reason, is_so in checks.items() if is_so}
+    return Judgement(joined, tuple(reason for reason in REASONS if reason in found))
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Returns the texts without repetitions, which may differ in case and white space."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(caption_key(text), text)
+    return list(first.values())
 
 
 def _clean(text: str) -> str:

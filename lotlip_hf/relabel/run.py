@@ -1,5 +1,6 @@
 """
-Writes long captions for an image set with several captioning models, the first step of the LoTLIP paper.
+Writes long captions for an image set with several captioning models, the first step of the LoTLIP paper, and rewrites,
+negatives and tags.
 
 Records are split into chunks of `shard_size`, and chunks into groups that a captioner answers together. The captions
 of a group depend only on the group, so they do not change with the number of processes or after an interruption. The
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,8 +85,11 @@ def relabel(
 
     - `id` and `image`;
     - `short_caption`: the raw caption, or the first sentence of the first long caption;
-    - `long_captions`: one caption by each captioner, empty if it was dropped;
-    - `captions`: model, settings and problems of each long caption.
+    - `long_captions`: one caption by each captioner with the role `"long"`, empty if it was dropped. If no captioner
+      has this role, the long captions of the records;
+    - `rewrites`, `negatives`, `tags`, `regions` and `group`, if a captioner reads texts or has another role: the
+      answers with the role of the field, or else the field of the records;
+    - `captions`: model, settings and problems of the answer of each captioner.
 
     The files contain no absolute paths. Images are named by their path relative to the image folder (see
     [`image_base`]), and local models by the name of their folder.
@@ -206,16 +211,23 @@ def _write_the_rest(config: RelabelConfig, names: Sequence[str]) -> dict[str, An
 
 
 def _open_records(config: RelabelConfig) -> Records:
+    load = partial(
+        load_records,
+        config.data,
+        split=config.split,
+        image_folder=config.image_folder,
+        streaming=config.streaming,
+        image_root=config.image_root,
+        max_record_bytes=config.max_record_bytes,
+    )
+    mapping = config.column_mapping()
     try:
-        records = load_records(
-            config.data,
-            config.column_mapping(),
-            split=config.split,
-            image_folder=config.image_folder,
-            streaming=config.streaming,
-            image_root=config.image_root,
-            max_record_bytes=config.max_record_bytes,
-        )
+        try:
+            records = load(mapping=mapping)
+        except MissingColumn as error:
+            if error.field != "long" or config.mapping != "records":
+                raise
+            records = load(mapping=replace(mapping, long=()))  # the data may have raw captions alone
     except FileNotFoundError:
         is_folder = os.path.isdir(config.data)
         images, unreadable = find_images(config.data, root=config.image_root) if is_folder else ([], {})

@@ -14,42 +14,34 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from ..data.record import OPTIONAL
+from ..data.records import COLUMNS
 from ..data.sentences import split_sentences
 from ..files import replacing, write_json
 from ..images import ImageError, image_extensions, image_source, readable_formats
-from .captioners.base import CaptionerConfig, published_name
+from .captioners.base import ROLES, CaptionerConfig, published_name
 from .card import COUNTED, num_tokens, shard_statistics
 from .chunks import Chunk, journal_path, open_journal, shard_path, sidecar_path
 from .config import RelabelConfig
 from .journal import NONE, DamagedError, changed, read_json
-from .storage import Storage, as_text, digest, file_of, writable
+from .quality import distinct
+from .storage import Storage, as_text, digest, file_of, long_captions, raw_caption, writable
 
 # Maximum rows and bytes of images in a row group, which writers and readers keep in memory
 ROW_GROUP, ROW_GROUP_BYTES = 100, 1 << 27
 # Extensions of formats that PIL knows by several extensions, and of MPO, the JPEG files of some cameras
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "TIFF": ".tif"}
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "image": ImageFeature(),
-        "short_caption": Value("string"),
-        "long_captions": List(Value("string")),
-        "captions": List(
-            {
-                "model": Value("string"),
-                "revision": Value("string"),
-                "prompt": Value("string"),
-                "settings": Value("string"),
-                "attempts": Value("int64"),
-                "tokens": Value("int64"),
-                "sub_captions": Value("int64"),
-                "reasons": List(Value("string")),
-                "earlier_reasons": List(Value("string")),
-                "dropped": Value("string"),
-            }
-        ),
-    }
-)
+TEXTS = List(Value("string"))
+FIELDS = {"id": Value("string"), "image": ImageFeature(), "short_caption": Value("string"), "long_captions": TEXTS}
+CAPTION = {
+    **dict.fromkeys(("model", "revision", "prompt", "settings"), Value("string")),
+    **dict.fromkeys(("attempts", "tokens", "sub_captions"), Value("int64")),
+    **dict.fromkeys(("reasons", "earlier_reasons"), TEXTS),
+    "dropped": Value("string"),
+}
+# Further fields of runs that read texts or write other fields than long captions
+ROLE_FIELDS = {name: COLUMNS[kind] for name, kind in OPTIONAL.items()}
+ROLE_CAPTION = {"input": Value("string"), "role": Value("string")}
 
 
 # Form (see `fits`) of a sidecar
@@ -80,11 +72,10 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
 
     def rows() -> Iterator[dict[str, Any]]:
         for record, *captions in zip(chunk.records, *(journal.captions() for journal in journals), strict=True):
-            texts = [caption.get("text", "") for caption in captions]
-            raw_caption = record["short_caption"]
-            raw_caption = writable(raw_caption) if isinstance(raw_caption, str) and raw_caption.strip() else ""
+            texts = _long_captions(record, captions, config)
+            caption = raw_caption(record)
             sentences = (sentence for text in texts for sentence in split_sentences(text))
-            short_caption = raw_caption or next(sentences, "")
+            short_caption = caption or next(sentences, "")
             reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
             path = image_source(record["image"]).path
             name = None if path is None else as_text(storage.name(path))
@@ -94,7 +85,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
                 skipped.append({**entry, "reason": image})
                 continue
             described = [
-                _describe(options, journal.header["revision"], caption, tokenizer)
+                _describe(options, journal.header["revision"], caption, tokenizer, config.uses_texts)
                 for options, journal, caption in zip(config.captioners, journals, captions, strict=True)
             ]
             details.append(described)
@@ -103,18 +94,19 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
                 what = [{name: one[name] for name in ("model", "reasons", "dropped")} for one in described]
                 skipped.append({**entry, "reason": reason, "captions": what})
                 continue
-            if raw_caption:
-                raw.append(raw_caption)
+            if caption:
+                raw.append(caption)
             yield {
                 "id": entry["id"],
                 "image": image,
                 "short_caption": short_caption,
                 "long_captions": texts,
+                **(_role_fields(record, captions, config) if config.uses_texts else {}),
                 "captions": described,
             }
 
     with replacing(shard_path(config, chunk.name)) as file:
-        write_shard(file, rows(), config.format, chunk.name)
+        write_shard(file, rows(), config, chunk.name)
         images = len(details) - sum("captions" in one for one in skipped)
         sidecar = {
             **chunk.header(),
@@ -128,15 +120,46 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
         journal.path.unlink(missing_ok=True)  # `run._write_the_rest` deletes the journals of killed processes
 
 
+def _long_captions(
+    record: Mapping[str, Any], captions: Sequence[Mapping[str, Any]], config: RelabelConfig
+) -> list[str]:
+    """Returns the new long captions of a record, or its own if no captioner writes long ones."""
+    if not config.writes_long:
+        return long_captions(record)
+    answers = zip(config.captioners, captions, strict=True)
+    return [caption.get("text", "") for options, caption in answers if options.role == "long"]
+
+
+def _role_fields(
+    record: Mapping[str, Any], captions: Sequence[Mapping[str, Any]], config: RelabelConfig
+) -> dict[str, Any]:
+    """Returns the other fields of a record: the new texts of each role in the run, and the rest as it was."""
+    fields: dict[str, Any] = {name: record.get(name) for name in ROLE_FIELDS}
+    fields["regions"] = [{**region, "text": writable(region["text"])} for region in fields["regions"] or ()]
+    fields["group"] = writable(fields["group"] or "") or None
+    for role in {options.role for options in config.captioners} - {"long"}:
+        answers = zip(config.captioners, captions, strict=True)
+        lists = [caption.get("text", "").split("\n") for options, caption in answers if options.role == role]
+        fields[ROLES[role]] = distinct(text for texts in lists for text in texts if text)
+    for name in set(ROLES.values()) & fields.keys():
+        fields[name] = [writable(text) for text in fields[name] or () if text]
+    return fields
+
+
 def _describe(
-    options: CaptionerConfig, revision: str | None, caption: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    options: CaptionerConfig,
+    revision: str | None,
+    caption: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    uses_texts: bool,
 ) -> dict[str, Any]:
     """Returns the entry of a caption in the column `captions`."""
     return {
+        **({"input": options.input, "role": options.role} if uses_texts else {}),
         "model": published_name(options.model),
         "revision": revision,
         "prompt": options.prompt,
-        "settings": options.published_settings(caption["attempts"] - 1),
+        "settings": options.published_settings(max(caption["attempts"] - 1, 0)),
         "attempts": caption["attempts"],
         "tokens": num_tokens(tokenizer, caption["text"]),
         "sub_captions": len(split_sentences(caption["text"])),
@@ -193,15 +216,17 @@ def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | No
     return number < len(config.captioners) - 1 and journal_path(config, name, number).exists()
 
 
-def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
+def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], config: RelabelConfig, name: str) -> None:
     """
-    Writes rows with the columns of `FEATURES` as Parquet, or as a tar of image files, each with a JSON file of the
-    other columns. The same rows produce the same bytes.
+    Writes rows as Parquet, or as a tar of image files, each with a JSON file of the other columns. The same rows
+    produce the same bytes.
     """
-    if format == "parquet":
-        with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:
+    if config.format == "parquet":
+        fields, caption = (ROLE_FIELDS, ROLE_CAPTION) if config.uses_texts else ({}, {})
+        schema = Features({**FIELDS, **fields, "captions": List({**caption, **CAPTION})}).arrow_schema
+        with pq.ParquetWriter(file, schema) as writer:
             for group in _row_groups(rows):
-                writer.write_table(pa.Table.from_pylist(group, schema=FEATURES.arrow_schema))
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
         return
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, row in enumerate(rows):

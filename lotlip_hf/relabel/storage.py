@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def digest(content: bytes) -> str:
 def as_text(value: Any) -> str:
     """Converts a value to valid UTF-8; file names may contain other bytes."""
     return os.fsencode(str(value)).decode(errors="backslashreplace")
+
+
+def raw_caption(record: Mapping[str, Any]) -> str:
+    """Returns the short caption of a record, or an empty text."""
+    caption = record["short_caption"]
+    return writable(caption) if isinstance(caption, str) and caption.strip() else ""
+
+
+def long_captions(record: Mapping[str, Any]) -> list[str]:
+    """Returns the long captions of a record; empty for missing ones."""
+    return [writable(caption) if isinstance(caption, str) else "" for caption in record["long_captions"] or ()]
 
 
 def writable(text: str) -> str:

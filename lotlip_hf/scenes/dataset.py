@@ -9,13 +9,16 @@ object, and the relations between objects.
 In the held-out splits `validation` and `test`, groups of `GROUP_SIZE` pictures share background, large object and
 short caption. The pictures of a group differ in the other objects, so that only a long caption distinguishes them. No
 picture occurs in two splits, for any seeds.
+
+The further texts of a scene are true, too: `rewrites` of the short caption, `tags` and `regions`. `negatives` are
+false in one attribute of one object. They have random generators of their own.
 """
 
 import hashlib
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -71,6 +74,11 @@ SPLITS = {"train": (0, 1), "validation": (2,), "test": (3,)}
 GROUP_SIZE = 4
 NUM_CAPTIONS = 3
 SUPERSAMPLING = 4
+# The vocabulary of `tags`
+TAGS = (
+    *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+    *(f"{background} background" for background in BACKGROUNDS),
+)
 
 FEATURES = Features(
     {
@@ -79,6 +87,10 @@ FEATURES = Features(
         "long_captions": List(Value("string")),
         "id": Value("string"),
         "group": Value("string"),
+        "negatives": List(Value("string")),
+        "rewrites": List(Value("string")),
+        "tags": List(Value("string")),
+        "regions": List({"box": List(Value("float64")), "text": Value("string")}),
     }
 )
 
@@ -336,22 +348,113 @@ def long_captions(scene: Scene) -> list[str]:
     Returns:
         `list[str]`: `NUM_CAPTIONS` captions of 5 to 12 sentences. Most have more than 77 tokens of BERT.
     """
-    captions = []
+    return [_long_caption(scene, number) for number in range(NUM_CAPTIONS)]
+
+
+def _long_caption(scene: Scene, number: int) -> str:
+    random = Random(f"{scene.id} long caption {number}")
+    sentences = [_object_sentence(scene, item, random) for item in scene.objects]
+    sentences.append(_whole_sentence(scene, random))
+    relations = list(_relations(scene, random))
+    chosen = random.sample(relations, min(len(relations), random.randint(2, 4)))
+    sentences += [_relation_sentence(*relation, random) for relation in chosen]
+    if random.random() < 0.5:
+        sentences.append(_empty_sentence(scene, random))
+    if random.random() < 0.5:
+        largest = f"The {_name(scene.objects[0])} is the "
+        sentences.append(largest + random.choice(("largest shape.", "biggest of all shapes.")))
+    random.shuffle(sentences)
+    return " ".join(sentences)
+
+
+def negatives(scene: Scene) -> list[str]:
+    """
+    Returns captions of the scene with one attribute of one object exchanged, so that they are false.
+
+    Args:
+        scene (`Scene`): The scene.
+
+    Returns:
+        `list[str]`: The short caption with another colour, with another shape and, unless the large object is hollow,
+        with another pattern, and each long caption with another colour, shape or pattern of one object.
+    """
+    random = Random(f"{scene.id} negatives")
+    texts = [short_caption(_exchanged(scene, 0, name, random)) for name in _attributes(scene.objects[0])]
     for number in range(NUM_CAPTIONS):
-        random = Random(f"{scene.id} long caption {number}")
-        sentences = [_object_sentence(scene, item, random) for item in scene.objects]
-        sentences.append(_whole_sentence(scene, random))
-        relations = list(_relations(scene, random))
-        chosen = random.sample(relations, min(len(relations), random.randint(2, 4)))
-        sentences += [_relation_sentence(*relation, random) for relation in chosen]
-        if random.random() < 0.5:
-            sentences.append(_empty_sentence(scene, random))
-        if random.random() < 0.5:
-            largest = f"The {_name(scene.objects[0])} is the "
-            sentences.append(largest + random.choice(("largest shape.", "biggest of all shapes.")))
-        random.shuffle(sentences)
-        captions.append(" ".join(sentences))
-    return captions
+        index = random.randrange(len(scene.objects))
+        name = random.choice(_attributes(scene.objects[index]))
+        texts.append(_long_caption(_exchanged(scene, index, name, random), number))
+    return texts
+
+
+def _attributes(item: SceneObject) -> list[str]:
+    """Returns the attributes that may be exchanged; "hollow" not, as its draw of a word differs from the others'."""
+    has_pattern = item.pattern != "hollow" and item.count == 1 and not item.inside
+    return ["colour", "shape", *(["pattern"] if has_pattern else [])]
+
+
+def _exchanged(scene: Scene, index: int, attribute: str, random: Random) -> Scene:
+    """Returns the scene with another value of an attribute of one object, which none of its captions is true of."""
+    taken = {item.colour for item in scene.objects}
+    values = {
+        "colour": [colour for colour in COLOURS if colour not in taken],
+        "shape": [shape for shape in SHAPES if shape != scene.objects[index].shape],
+        # "plain" may be left out of a caption, which would then be true.
+        "pattern": [pattern for pattern in ("striped", "spotted") if pattern != scene.objects[index].pattern],
+    }
+    objects = list(scene.objects)
+    objects[index] = replace(objects[index], **{attribute: random.choice(values[attribute])})
+    return replace(scene, objects=tuple(objects))
+
+
+def rewrites(scene: Scene) -> list[str]:
+    """
+    Returns rewrites of the short caption.
+
+    Args:
+        scene (`Scene`): The scene.
+
+    Returns:
+        `list[str]`: Four captions of the large object. All scenes of a group have the same.
+    """
+    random = Random(f"{scene.group} rewrites")
+    forms = ("the picture shows {}", "you can see {}", "{} can be seen", "a drawing shows {}")
+    return [form.format(_phrase(scene.objects[0], random)) for form in forms]
+
+
+def tags(scene: Scene) -> list[str]:
+    """
+    Returns the tags of a scene, from `TAGS`: colour and shape of every object, and the background.
+
+    Args:
+        scene (`Scene`): The scene.
+
+    Returns:
+        `list[str]`: The tags, such as "red star" and "white background".
+    """
+    return [*(f"{item.colour} {item.shape}" for item in scene.objects), f"{scene.background} background"]
+
+
+def regions(scene: Scene) -> list[dict[str, Any]]:
+    """
+    Returns the regions of the objects: the box of an object is its cell.
+
+    Args:
+        scene (`Scene`): The scene.
+
+    Returns:
+        `list[dict[str, Any]]`: For each object `box`, [x0, y0, x1, y1] in [0, 1] from the top left corner, and `text`,
+        a phrase with all attributes. A shape inside the large object has the same box as the large object.
+    """
+    random = Random(f"{scene.id} regions")
+    cells = [divmod(item.cell, GRID) for item in scene.objects]
+    return [
+        {
+            "box": [column / GRID, row / GRID, (column + 1) / GRID, (row + 1) / GRID],
+            "text": _phrase(item, random),
+        }
+        for (row, column), item in zip(cells, scene.objects, strict=True)
+    ]
 
 
 def _name(item: SceneObject) -> str:
@@ -454,8 +557,8 @@ def scenes_dataset(num_scenes: int, seed: int = 0, split: str = "train", image_s
         image_size (`int`, *optional*, defaults to 64): Width and height in pixels.
 
     Returns:
-        `datasets.Dataset`: The columns `image`, `short_caption`, `long_captions` (a list of `NUM_CAPTIONS`), `id` and
-        `group`. Scenes with the same `group` share a short caption.
+        `datasets.Dataset`: The columns `image`, `short_caption`, `long_captions` (a list of `NUM_CAPTIONS`), `id`,
+        `group`, `negatives`, `rewrites`, `tags` and `regions`. Scenes with the same `group` share a short caption.
 
     Raises:
         `ValueError`: If the split does not exist.
@@ -493,4 +596,8 @@ def _rows(num_scenes: int, seed: int, scenes_split: str, image_size: int, source
             "long_captions": long_captions(one),
             "id": one.id,
             "group": one.group,
+            "negatives": negatives(one),
+            "rewrites": rewrites(one),
+            "tags": tags(one),
+            "regions": regions(one),
         }

@@ -95,12 +95,15 @@ def prepare_folder(config: TrainingConfig, accelerator: Accelerator | PartialSta
     return checkpoints[-1] if checkpoints and not config.stages else None
 
 
-def check_room(output: Path, model: nn.Module, has_average: bool) -> None:
-    """Raises [`CheckpointError`] if the disk has no room for two copies of the weights and the optimiser's state."""
+def check_room(output: Path, model: nn.Module, num_copies: int) -> None:
+    """
+    Raises [`CheckpointError`] if the disk has no room for two copies of the weights, the optimiser's state, and
+    `num_copies` further copies, such as a moving average.
+    """
     parameters = list(model.parameters())
     size = sum(parameter.nbytes for parameter in parameters)
     trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    needed = size * (3 if has_average else 2) + 2 * trained
+    needed = size * (2 + num_copies) + 2 * trained
     free = shutil.disk_usage(output).free
     if needed > free:
         raise CheckpointError(

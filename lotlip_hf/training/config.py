@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_type_hints
 import yaml
 
 from .. import options
-from ..data.mappings import MAPPINGS, ColumnMapping
+from ..data.mappings import MAPPINGS, ColumnMapping, alternatives
 from ..data.record import Draw
 from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
@@ -21,10 +21,10 @@ from ..options import option
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # Options of the strategies in `captions`; a strategy uses those that it has as fields
-TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
-# Options that may change when a run is resumed, because they do not change the result
+TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter", "short_probability")
+# Options that may change when a run is resumed, because they do not change the result; of `keep`, the ids are compared
 RESUMABLE = frozenset(
-    "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
+    "output resume cache keep on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers report gradient_checkpointing compile".split()
 )
 # Options that only a new model of two encoders has
@@ -183,6 +183,11 @@ class TrainingConfig:
     split: str | None = option(
         "Split to read; 'all' reads all (default: train on the Hub; required for a folder with several)", None
     )
+    keep: str | None = option(
+        "Text file of ids, one a line, as `lotlip curate` writes it: train only on these records of --data",
+        None,
+        metavar="FILE",
+    )
     streaming: bool = option("Read records in order, without a copy on disk; needs --max-steps", False)
     shuffle_buffer: int = option("Records among which a stream is shuffled", 10_000, at_least=1)
     num_scenes: int = option(f"Pictures that --data {SCENES} draws", 5000, at_least=1)
@@ -205,11 +210,21 @@ class TrainingConfig:
     splitter: Literal["sentences", "full_stops"] = option(
         "How captions are split into sentences; 'full_stops' as the official code does", "sentences"
     )
+    short_probability: float = option(
+        "Probability of the short caption as the short text with --captions mixed, else a rewrite of it",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    num_negatives: int = option(
+        "Negatives of a record to draw in each step, if a term uses them, such as negatives", 1, at_least=1
+    )
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
     terms: list[str] = option(
-        "Terms of the loss: infonce, sigmoid, primary_components, and with --teacher instance, structure. Write a "
-        "weight other than 1 as in infonce:0.5",
+        "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, hard_negatives; with columns of the "
+        "data negatives, tags; and with --teacher instance, structure, similarities, cosine. Write a weight other "
+        "than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
@@ -221,9 +236,17 @@ class TrainingConfig:
         metavar="NAME=VALUE",
     )
     teacher: str | None = option(
-        "Checkpoint folder or Hub id of a frozen dual encoder, such as CLIP, whose embeddings of the texts are the "
-        "targets of the terms instance and structure (default: none)",
+        "Whose embeddings are the targets of terms such as instance and structure: a checkpoint folder or Hub id of a "
+        "dual encoder, such as CLIP; 'self', the model as it started; 'ema', a moving average of the model; or "
+        "'columns' of the records (default: none)",
         None,
+    )
+    teacher_momentum: float = option("Decay of the moving average of --teacher ema", 0.999, at_least=0, below=1)
+    teacher_image_column: str | None = option(
+        "Column of the teacher's embedding of the image, a list of numbers, for --teacher columns", None
+    )
+    teacher_text_column: str | None = option(
+        "Column of the teacher's embedding of the short caption, for --teacher columns", None
     )
 
     batch_size: int = option("Images per batch and process", 64, at_least=1, group="Batches")
@@ -359,13 +382,24 @@ class TrainingConfig:
         from .terms import make_terms  # slow: imports torch
 
         terms, _ = make_terms(self.terms, self.term_options)
-        taught = [
-            name for name, term in terms.items() if any(need.startswith("teacher_") for need in cast(Any, term).needs)
-        ]
+        taught = {
+            name: needs
+            for name, term in terms.items()
+            if (needs := {need for need in cast(Any, term).needs if need.startswith("teacher_")})
+        }
         if taught and self.teacher is None:
-            raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it to a dual encoder.")
+            raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it, for example to a dual encoder.")
         if self.teacher is not None and not taught:
             raise ValueError("`teacher` needs a term that uses it, such as instance. Add one to `terms`.")
+        if self.teacher_momentum != type(self).teacher_momentum and self.teacher != "ema":
+            raise ValueError("`teacher_momentum` needs `teacher` ema. Set it too.")
+        for kind in ("image", "text"):
+            name = f"teacher_{kind}_column"
+            is_read = self.teacher == "columns" and any(f"teacher_{kind}_embeds" in needs for needs in taught.values())
+            if is_read and getattr(self, name) is None:
+                raise ValueError(f"`teacher` columns needs `{name}` for `terms` {', '.join(taught)}. Set it too.")
+            if getattr(self, name) is not None and not is_read:
+                raise ValueError(f"`{name}` needs `teacher` columns and a term that uses the {kind} embeddings.")
 
     @property
     def has_frozen_towers(self) -> bool:
@@ -418,11 +452,15 @@ class TrainingConfig:
         if self.short_column is not None:
             mapping = dataclasses.replace(mapping, short=None if self.short_column == "none" else self.short_column)
         if not self.num_long_texts and mapping.short is not None:
-            mapping = dataclasses.replace(mapping, long=())
+            # `mixed` draws short texts from long captions, if there are any.
+            long = (*alternatives(mapping.long), None) if self.captions == "mixed" else ()
+            mapping = dataclasses.replace(mapping, long=long)
         columns = {
             "image": self.image_column,
             "long": None if self.long_columns is None else tuple(self.long_columns),
             "id": self.id_column,
+            "teacher_image_embeds": self.teacher_image_column,
+            "teacher_text_embeds": self.teacher_text_column,
         }
         return dataclasses.replace(
             mapping, **{field: column for field, column in columns.items() if column is not None}
@@ -446,9 +484,9 @@ def make_parser(**settings: str) -> options.Parser:
 
 
 def recipes() -> dict[str, Path]:
-    """Returns the files of the packaged recipes by name."""
+    """Returns the files of the packaged recipes by name, without those of `lotlip relabel`."""
     folder = Path(str(importlib.resources.files("lotlip_hf.recipes")))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml")) if not file.stem.endswith("-relabel")}
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> TrainingConfig:

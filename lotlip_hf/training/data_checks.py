@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, cast
 
@@ -32,6 +32,8 @@ MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
 FLAT = 8  # maximum difference between the values of a channel in an image of one colour
 SHOWN = 60  # characters of a caption
+ROLES = {"negative_embeds": "negatives", "tags": "tags"}  # tensors that terms need, and their fields
+ROLES = {"negative_embeds": "negatives", "tags": "tags"}  # tensors that terms need, and their fields
 
 
 def warn_of_data(
@@ -46,9 +48,9 @@ def warn_of_data(
 ) -> list[str]:
     """
     Logs warnings on the main process, each once in a program: records that are never seen or seen very often, few
-    evaluation records, texts that are cut, captions that several records share, and images of one colour. The time
-    does not grow with the number of records, because captions and images are checked on a sample, which the seed
-    determines. Broken records are left out. A stream is not checked.
+    evaluation records, texts that are cut, captions that several records share, fields that a term needs and no record
+    has, and images of one colour. The time does not grow with the number of records, because captions and images are
+    checked on a sample, which the seed determines. Broken records are left out. A stream is not checked.
 
     Args:
         model (`LoTLIPModel`): The model.
@@ -69,10 +71,13 @@ def warn_of_data(
     if sampled:
         indices = Random(config.seed).sample(range(len(records)), min(COMPARED, len(records)))
         encoder = Encoder(model, processor)
+        terms, _ = make_terms(config.terms, config.term_options)
+        needs = {name: cast(Any, term).needs for name, term in terms.items()}
         sample = [record for _, record in intact_texts(records, indices)]
         warnings += [
             _cut_texts(sample[:TOKENISED], encoder, config),
-            _equal_captions(sample, config),
+            _equal_captions(sample, needs, config),
+            *_missing_roles(sample, needs),
             _flat_images(records, indices[:DECODED], encoder),
         ]
     shown = [warning for warning in warnings if warning is not None]
@@ -130,10 +135,11 @@ def _cut_texts(records: Sequence[Record], encoder: Encoder, config: TrainingConf
     return None
 
 
-def _equal_captions(records: Sequence[Record], config: TrainingConfig) -> str | None:
+def _equal_captions(
+    records: Sequence[Record], needs: Mapping[str, Collection[str]], config: TrainingConfig
+) -> str | None:
     """Counts the records that share a caption with another record."""
-    terms, _ = make_terms(config.terms, config.term_options)
-    if any("text_keys" in cast(Any, term).needs for term in terms.values()):  # `equal_positives`
+    if any("text_keys" in each for each in needs.values()):  # `equal_positives`
         return None
     kinds = {"short": [[record["short_caption"]] for record in records]}
     if config.num_long_texts:
@@ -156,6 +162,17 @@ def _equal_captions(records: Sequence[Record], config: TrainingConfig) -> str | 
         "captions that differ, or keep one picture of each. If a step draws parts of captions, pass --term-options "
         "infonce.equal_positives=true, else parts of equal captions are false negatives."
     )
+
+
+def _missing_roles(records: Sequence[Record], needs: Mapping[str, Collection[str]]) -> Iterator[str]:
+    """Names the fields that a term needs and no record has."""
+    for term, names in needs.items():
+        for role in (ROLES[name] for name in names if name in ROLES):
+            if not any(record.get(role) for record in records):
+                yield (
+                    f"None of {len(records):,} records has `{role}`, so the term {term} has no effect. Add this field "
+                    "to the data."
+                )
 
 
 def _flat_images(records: Dataset, indices: Sequence[int], encoder: Encoder) -> str | None:

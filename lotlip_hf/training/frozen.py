@@ -90,64 +90,78 @@ def frozen_states(
 
 
 class KeyedRecords(TorchDataset):
-    """Records with the key of the state of their image as `image`, or the error of an image that cannot be read."""
+    """
+    Records with the key of the states of their image as `image_key`, or the error of an image that cannot be read.
 
-    def __init__(self, records: Dataset, keys: Sequence[str | Exception]) -> None:
-        self.records, self.keys = records, keys
+    The key replaces the `image` too, unless `keeps_images` is set.
+    """
+
+    def __init__(self, records: Dataset, keys: Sequence[str | Exception], keeps_images: bool = False) -> None:
+        self.records, self.keys, self.keeps_images = records, keys, keeps_images
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.records[index], "image": self.keys[index]}
+        return self._with_key(self.records[index], index)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Reads the records of a batch together, which is faster."""
-        rows = zip(indices, self.records.__getitems__(indices), strict=True)
-        return [{**record, "image": self.keys[index]} for index, record in rows]
+        return [*map(self._with_key, self.records.__getitems__(indices), indices)]
+
+    def _with_key(self, record: dict[str, Any], index: int) -> dict[str, Any]:
+        key = self.keys[index]
+        return {**record, "image_key": key} if self.keeps_images else {**record, "image": key, "image_key": key}
 
 
 def fill_images(
-    records: Dataset,
+    records: Dataset | KeyedRecords,
     states: FrozenStates,
     config: TrainingConfig,
     device: torch.device,
     num_records: int | None = None,
+    keeps_images: bool = False,
 ) -> KeyedRecords:
     """
     Computes the states of the images that the cache lacks. The processes share the work.
 
     Args:
-        records (`Dataset`): The records.
-        states (`FrozenStates`): The states of the image tower.
+        records (`Dataset` or `KeyedRecords`): The records. Those that have keys keep them.
+        states (`FrozenStates`): The states of an image tower.
         config (`TrainingConfig`): Options of the run. Only `on_error` is used.
         device (`torch.device`): Device of this process.
         num_records (`int`, *optional*): Number of records to use, from the first. Defaults to all.
+        keeps_images (`bool`, *optional*, defaults to `False`): See [`KeyedRecords`].
 
     Raises:
         `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The other processes raise
             [`OtherProcessError`].
     """
     number = len(records) if num_records is None else min(num_records, len(records))
+    known = None
+    if isinstance(records, KeyedRecords):
+        records, known, keeps_images = records.records, records.keys, records.keeps_images
     keys: list[str | Exception] = []
     error = None
     try:
-        keys = _fill_share(records, range(rank(), number, world_size()), states, config.on_error == "skip")
+        keys = _fill_share(records, range(rank(), number, world_size()), states, config.on_error == "skip", known)
     except Exception as caught:  # the other processes would wait
         error = caught
     raise_on_all_ranks(error, device)
     ordered: list[str | Exception] = [""] * number
     for first, share in enumerate(gather_lists([keys])):
         ordered[first :: world_size()] = share
-    return KeyedRecords(records, ordered)
+    return KeyedRecords(records, ordered, keeps_images)
 
 
-def _fill_share(records: Dataset, share: range, states: FrozenStates, skips: bool) -> list[str | Exception]:
+def _fill_share(
+    records: Dataset, share: range, states: FrozenStates, skips: bool, known: Sequence[str | Exception] | None
+) -> list[str | Exception]:
     """Returns the keys of the images of one process, or the errors of broken records."""
     results: dict[int, str | Exception] = {}
     for index in progress_bar(share, desc="Reading images", unit="image", shown=rank() == 0, delay=2):
         try:
-            results[index] = read_record(records[index], image_digest)[1]
+            results[index] = read_record(records[index], image_digest)[1] if known is None else known[index]
         except (ImageError, RecordError) as error:
             if not skips:
                 raise

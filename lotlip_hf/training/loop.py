@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
+from ..data.kept import KeptIds
 from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
 from ..files import write_json
 from ..images import set_max_image_pixels
@@ -38,7 +39,7 @@ from .objective import batch_loss, clamp_logit_scale, make_objective
 from .optim import freeze, make_optimizer, set_training_mode
 from .ridge import check_projections, start_projections
 from .signals import Interrupted, noted_signals
-from .teachers import Teacher, add_teacher
+from .teachers import add_teacher, make_teacher
 from .tracking import Best, Meter, Tracking
 from .validation import validate
 
@@ -139,6 +140,8 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         )
     if config.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("`ema_decay` needs unsharded weights, but FSDP shards them. Unset `ema_decay`.")
+    if config.teacher in ("self", "ema") and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(f"`teacher` {config.teacher} needs unsharded weights, but FSDP shards them. Choose another.")
     if config.text_dtype != "float32" and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
             "`text_dtype` is not supported by FSDP, which shards weights of one type. Unset `text_dtype`."
@@ -165,16 +168,17 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
+        self.kept = None if config.keep is None else KeptIds(config.keep).digest
         self.ids: list[str] = []  # ids of the records in the last step
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
         self.best = Best()
         self.checkpoint = prepare_folder(config, accelerator)
-        self.teacher = None if config.teacher is None else Teacher(config, model.config, accelerator.device)
 
         set_seed(config.seed, device_specific=True)
         self.objective = make_objective(config, model.config).to(accelerator.device)
         freeze(model, config, self.objective.needs)
+        self.teacher = make_teacher(config, model, self.objective.needs, accelerator)
         starts = config.head_start == "ridge" and self.checkpoint is None
         if starts:
             check_projections(model)
@@ -188,6 +192,10 @@ class _Run:
             start_projections(model, cast(KeyedRecords, self.records), self.frozen, config, accelerator.device)
         prepare_model(model, config)
         self.states: dict[str, Stateful] = {"objective": self.objective}
+        if self.teacher is not None:
+            self.records = self.teacher.start(model, self.records)
+            if self.teacher.averaged is not None:
+                self.states["teacher"] = self.teacher.averaged
         self.averaged = None
         if config.ema_decay is not None:
             average = get_ema_multi_avg_fn(config.ema_decay)
@@ -206,8 +214,11 @@ class _Run:
             patch_dropout=config.patch_dropout,
             patch_size=getattr(model.config.vision_config, "patch_size", None),
             frozen=self.frozen,
-            return_texts=self.teacher is not None,
+            return_texts=self.teacher is not None and self.teacher.reads_texts,
+            read_for_teacher=None if self.teacher is None else self.teacher.read,
             return_text_keys="text_keys" in self.objective.needs,
+            num_negatives=config.num_negatives if "negative_embeds" in self.objective.needs else 0,
+            return_tags="tags" in self.objective.needs,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
@@ -218,7 +229,8 @@ class _Run:
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
-        check_room(self.output, extract_model_from_parallel(self.model), self.averaged is not None)
+        num_copies = sum(isinstance(state, AveragedModel) for state in self.states.values())
+        check_room(self.output, extract_model_from_parallel(self.model), num_copies)
         # -1 removes every line of the log: a run without a checkpoint evaluates its start again.
         tracking = self.tracking = Tracking(config, accelerator, self.step if self.checkpoint is not None else -1)
         evaluations = gather_lists(tracking.evaluations())
@@ -301,8 +313,7 @@ class _Run:
         try:
             for _ in range(self.config.gradient_accumulation_steps):
                 epoch, next_batch, batch = next(batches)
-                batch = add_teacher(batch, self.teacher, self.objective.needs)
-                taken.append(add_states(batch, self.frozen))
+                taken.append(add_teacher(add_states(batch, self.frozen), self.teacher))
         except Exception as caught:  # a data set may raise an exception of any class
             error = caught
         try:
@@ -351,6 +362,8 @@ class _Run:
         self.step += 1
         if self.averaged is not None:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
+        if self.teacher is not None:
+            self.teacher.update(cast(LoTLIPModel, extract_model_from_parallel(self.model)))
 
     def _stop_at_nan(self, step: int, reason: str) -> None:
         """Raises `NonFiniteLossError`, on all processes together, because they have the same loss and norm."""
@@ -449,8 +462,8 @@ class _Run:
     def _data(self) -> dict[str, Any]:
         """Returns the values that determine the order of the records together with the options."""
         if isinstance(self.records, IterableDataset):
-            return {"num_workers": self.config.num_workers}  # the workers divide the shards
-        return {"num_records": len(self.records)}
+            return {"keep": self.kept, "num_workers": self.config.num_workers}  # the workers divide the shards
+        return {"keep": self.kept, "num_records": len(self.records)}
 
     def _save_model(self, folder: Path) -> None:
         model = extract_model_from_parallel(self.model)

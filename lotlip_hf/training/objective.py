@@ -18,6 +18,7 @@ from .terms import make_terms
 from .terms.views import Views
 
 IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes", "kept_patches", "image_states"}
+TEXT_EMBEDS = {"text_embeds", "corner_embeds", "negative_embeds"}
 
 
 class Objective(nn.Module):
@@ -120,26 +121,36 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     Args:
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
-            or without `long_input_ids` [B, T - 1, L']. Further tensors in `needs` are returned unchanged.
+            or without `long_input_ids` [B, T - 1, L']. With `negative_mask` [B, n], the last n texts of a row are
+            negatives. Further tensors in `needs` are returned unchanged.
         needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim],
         `text_embeds` [B, T, dim] with the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
-        `corner_embeds` is missing if m = 0 or T = 1.
+        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim].
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
     if "image_embeds" not in needs:
         inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
-    # Short texts need no corner tokens, not even in training mode.
-    has_corners = "corner_embeds" in needs and "long_input_ids" in inputs
+    elif not TEXT_EMBEDS & set(needs):
+        inputs = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+    num_negatives = tensors["negative_mask"].shape[1] if "negative_mask" in tensors else 0
+    num_long = inputs["long_input_ids"].shape[1] - num_negatives if "long_input_ids" in inputs else 0
+    # Short texts and negatives need no corner tokens, not even in training mode.
+    has_corners = "corner_embeds" in needs and num_long > 0
     outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
+    texts = outputs.text_embeds
     embeds = {
         "image_embeds": outputs.image_embeds,
-        "text_embeds": outputs.text_embeds if outputs.text_embeds.dim() == 3 else outputs.text_embeds.unsqueeze(1),
+        "text_embeds": texts if texts is None or texts.dim() == 3 else texts.unsqueeze(1),
         "corner_embeds": outputs.corner_embeds,
     }
+    if num_negatives and (texts := embeds["text_embeds"]) is not None:
+        embeds["text_embeds"], embeds["negative_embeds"] = texts[:, :-num_negatives], texts[:, -num_negatives:]
+        if outputs.corner_embeds is not None:
+            embeds["corner_embeds"] = outputs.corner_embeds[:, :-num_negatives]
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
 
 

@@ -115,7 +115,7 @@ def freeze_unused(model: Any, needs: Collection[str], has_long_texts: bool) -> N
         unused += [f"vision_model.backbone.{name}." for name in vision.family.pooler_modules]
     if "image_embeds" not in needs:
         unused += ["vision_model.", "visual_projection."]
-    if "text_embeds" not in needs and "corner_embeds" not in needs:
+    if not {"text_embeds", "corner_embeds", "negative_embeds"} & set(needs):
         unused += ["text_model.", "text_projection."]
     if "corner_embeds" not in needs or not has_long_texts:
         unused += ["text_model.corner_embeds"]

@@ -1,59 +1,141 @@
-"""Teachers: frozen dual encoders, whose embeddings of a step's texts are targets of terms of the objective."""
+"""
+Teachers: they compute `teacher_image_embeds` and `teacher_text_embeds`, which are targets of terms of the objective.
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import cast
+To add a kind, write a subclass of [`Teacher`] and list it in `KINDS`.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets import Dataset, IterableDataset
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.collator import Batch
+from ..data.record import Record, RecordError
 from ..encoder import load_encoder, warn_of_cut_texts
-from ..modeling.configuration_lotlip import LoTLIPConfig
+from ..modeling.modeling_lotlip import LoTLIPModel
 from ..states import FrozenStates
 from .config import TrainingConfig
+from .frozen import KeyedRecords, fill_images
+from .objective import embed
 
-TEXT_EMBEDS = "teacher_text_embeds"
+IMAGE_EMBEDS, TEXT_EMBEDS = "teacher_image_embeds", "teacher_text_embeds"
+Records = Dataset | IterableDataset | KeyedRecords
 
 
 class Teacher:
     """
-    The dual encoder in `config.teacher`. It is frozen and in evaluation mode, belongs neither to the model nor to the
-    optimiser nor to checkpoints, and tokenises texts itself. Each process has a whole teacher, also under FSDP.
-
-    With the cache of frozen towers (`lotlip_hf.states`) the embedding of a text is computed once and kept, and
-    otherwise in every step.
+    The base class of teachers. A teacher is frozen and belongs neither to the model nor to the optimiser. Each process
+    has a whole teacher.
 
     Args:
-        config (`TrainingConfig`): Options of the run. Only `teacher` and those of the cache are used.
-        model_config (`LoTLIPConfig`): Configuration of the model.
-        device (`torch.device`): Device of this process.
+        config (`TrainingConfig`): Options of the run.
+        model (`LoTLIPModel`): The model.
+        needs (`Collection[str]`): Names of the tensors to compute: `teacher_image_embeds`, `teacher_text_embeds`.
+        accelerator (`Accelerator`): The processes.
+
+    Attributes:
+        reads_texts (`bool`): Whether the teacher needs `texts` of a batch.
+        read (`Callable` or `None`): Reads inputs of the teacher from a record, for the collator.
+        averaged (`AveragedModel` or `None`): Weights that are saved with the training state.
+    """
+
+    reads_texts = False
+    read: Callable[[Record], Mapping[str, Any]] | None = None
+    averaged: AveragedModel | None = None
+
+    def __init__(
+        self, config: TrainingConfig, model: LoTLIPModel, needs: Collection[str], accelerator: Accelerator
+    ) -> None:
+        self.config, self.needs, self.accelerator = config, set(needs), accelerator
+        self.dim = model.config.projection_dim
+
+    def start(self, model: LoTLIPModel, records: Records) -> Records:
+        """Prepares the teacher when the model has its first weights. Returns the records to train on."""
+        return records
+
+    def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Returns the tensors in `needs` for a batch, normalised and in float32."""
+        raise NotImplementedError
+
+    def update(self, model: LoTLIPModel) -> None:
+        """Follows the model after a step of the optimiser."""
+
+
+class EncoderTeacher(Teacher):
+    """
+    The dual encoder in `config.teacher`. It prepares images and tokenises texts itself.
+
+    With the cache of frozen towers (`lotlip_hf.states`) the embedding of an image or text is computed once and kept,
+    and otherwise in every step. Images of a stream are computed in every step.
 
     Raises:
         `ValueError`: If the checkpoint is not a complete dual encoder, or its embeddings have another size than the
             model's.
     """
 
-    def __init__(self, config: TrainingConfig, model_config: LoTLIPConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainingConfig, model: LoTLIPModel, needs: Collection[str], accelerator: Accelerator
+    ) -> None:
+        super().__init__(config, model, needs, accelerator)
         assert config.teacher is not None
-        self.encoder = load_encoder(config.teacher, device=device)
-        if self.encoder.dim != model_config.projection_dim:
+        self.encoder = load_encoder(config.teacher, device=accelerator.device)
+        if self.encoder.dim != self.dim:
             raise ValueError(
-                f"`teacher` {config.teacher} has embeddings of size {self.encoder.dim}, the model of size "
-                f"{model_config.projection_dim}. Choose another teacher, or start a model with `projection_dim` "
-                f"{self.encoder.dim}."
+                f"`teacher` {config.teacher} has embeddings of size {self.encoder.dim}, the model of size {self.dim}. "
+                f"Choose another teacher, or start a model with `projection_dim` {self.encoder.dim}."
             )
-        self.states = None
-        if not config.no_cache:
-            self.states = FrozenStates(self.encoder, "text", config.cache, config.cache_dtype, pooled=False)
+        self.reads_texts = TEXT_EMBEDS in self.needs
+        states = partial(FrozenStates, self.encoder, folder=config.cache, dtype=config.cache_dtype, pooled=False)
+        self.texts = states("text") if self.reads_texts and not config.no_cache else None
+        self.images = states("image") if IMAGE_EMBEDS in self.needs and not config.no_cache else None
         self._has_warned = False
+
+    def start(self, model: LoTLIPModel, records: Records) -> Records:
+        if IMAGE_EMBEDS not in self.needs:
+            return records
+        if self.images is None or isinstance(records, IterableDataset):
+            reason = "`no_cache` is set" if self.images is None else "the records are a stream"
+            self.accelerator.print(f"The teacher embeds images in every step, because {reason}.")
+            self.images, self.read = None, partial(_pixels, pixels=self.encoder.engine.pixels)
+            return records
+        self.accelerator.print(
+            f"The teacher embeds each image once. {self.images.store.path} keeps the embeddings (up "
+            f"to {self.images.row_bytes * len(records) / 1e6:.1f} MB). Pass --cache FOLDER for another folder, or "
+            "--no-cache."
+        )
+        self.read = _image_key
+        return fill_images(records, self.images, self.config, self.accelerator.device, keeps_images=True)
+
+    def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        targets = {}
+        if IMAGE_EMBEDS in self.needs:
+            inputs = batch["teacher_inputs"]
+            embeds = self._image_embeds(inputs) if self.images is None else self.images.read(inputs["image_keys"])
+            targets[IMAGE_EMBEDS] = embeds
+        if TEXT_EMBEDS in self.needs:
+            number = _num_negatives(batch)
+            targets[TEXT_EMBEDS] = self.text_embeds([row[: len(row) - number] for row in batch["texts"]])
+        return targets
 
     def text_embeds(self, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Returns the embeddings [b, T, dim] of texts [b][T], normalised, in float32 on the CPU."""
         flat = [text for row in texts for text in row]
-        if self.states is not None:
-            embeds = self.states.read(self.states.fill_texts(flat))
+        if self.texts is not None:
+            embeds = self.texts.read(self.texts.fill_texts(flat))
         else:
             embeds = self._computed(flat)
         return embeds.unflatten(0, (len(texts), -1))
+
+    def _image_embeds(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        features = self.encoder.engine.image_features
+        chunks = (features(chunk).float().clone() for chunk in _chunks(inputs, self.config.grad_cache_chunk))
+        return F.normalize(torch.cat([*chunks]), dim=-1)
 
     def _computed(self, texts: Iterable[str]) -> torch.Tensor:
         rows = {index: (embedding, was_cut) for index, embedding, was_cut in self.encoder.iterate_texts(texts)}
@@ -64,9 +146,121 @@ class Teacher:
         return torch.stack([rows[index][0] for index in range(len(rows))])
 
 
-def add_teacher(batch: Batch, teacher: Teacher | None, needs: Collection[str]) -> Batch:
-    """Adds the tensors in `needs` that the teacher computes to a batch of the collator, which has `texts`."""
-    if teacher is None or TEXT_EMBEDS not in needs:
+class StartTeacher(Teacher):
+    """The model as it started, in evaluation mode. It sees whole images, also with `patch_dropout`."""
+
+    momentum = 1.0
+
+    def start(self, model: LoTLIPModel, records: Records) -> Records:
+        average = get_ema_multi_avg_fn(self.momentum)
+        self.averaged = AveragedModel(model, self.accelerator.device, multi_avg_fn=average)
+        self.averaged.requires_grad_(False).eval()
+        return records
+
+    def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        assert self.averaged is not None
+        names = {name.removeprefix("teacher_") for name in self.needs}
+        inputs = _inputs(batch)
+        parts = []
+        with torch.no_grad(), self.accelerator.autocast():
+            for chunk in _chunks(inputs, self.config.grad_cache_chunk):
+                chunk = cast(dict[str, Any], send_to_device(chunk, self.accelerator.device, non_blocking=True))
+                parts.append(embed(self.averaged.module, chunk, names))
+        return {f"teacher_{name}": torch.cat([part[name] for part in parts]).float() for name in names}
+
+
+class AverageTeacher(StartTeacher):
+    """A moving average of the model's weights with the decay `config.teacher_momentum`, as that of `ema_decay`."""
+
+    def start(self, model: LoTLIPModel, records: Records) -> Records:
+        self.momentum = self.config.teacher_momentum
+        return super().start(model, records)
+
+    def update(self, model: LoTLIPModel) -> None:
+        assert self.averaged is not None
+        self.averaged.update_parameters(model)
+
+
+class ColumnsTeacher(Teacher):
+    """Embeddings of images and short captions that were computed before, in columns of the records."""
+
+    def start(self, model: LoTLIPModel, records: Records) -> Records:
+        self.read = partial(_vectors, names=sorted(self.needs), dim=self.dim)
+        return records
+
+    def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        targets = {name: F.normalize(value, dim=-1) for name, value in batch["teacher_inputs"].items()}
+        if TEXT_EMBEDS in targets:
+            targets[TEXT_EMBEDS] = targets[TEXT_EMBEDS].unsqueeze(1)
+        return targets
+
+
+KINDS: dict[str, type[Teacher]] = {"self": StartTeacher, "ema": AverageTeacher, "columns": ColumnsTeacher}
+
+
+def make_teacher(
+    config: TrainingConfig, model: LoTLIPModel, needs: Collection[str], accelerator: Accelerator
+) -> Teacher | None:
+    """Creates the teacher of a run, if `config.teacher` is set. See [`Teacher`] for the arguments."""
+    if config.teacher is None:
+        return None
+    kind = KINDS.get(config.teacher, EncoderTeacher)
+    return kind(config, model, {name for name in needs if name.startswith("teacher_")}, accelerator)
+
+
+def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
+    """Replaces `teacher_inputs` of a batch by the tensors of the teacher."""
+    if teacher is None:
         return batch
+    rest = {name: value for name, value in batch.items() if name != "teacher_inputs"}
     # Tensors come first: accelerate reads the size of a batch from its first entry.
-    return cast(Batch, {TEXT_EMBEDS: teacher.text_embeds(batch["texts"]), **batch})
+    return cast(Batch, {**teacher.targets(batch), **rest})
+
+
+def _num_negatives(batch: Mapping[str, Any]) -> int:
+    """Number of negatives of each record, which are the last of its texts and have no target."""
+    return batch["negative_mask"].shape[1] if "negative_mask" in batch else 0
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the tensors for a model as teacher: whole images, and texts without negatives."""
+    unseen = ("kept_patches", "negative_mask")
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in unseen}
+    if number := _num_negatives(batch):
+        for name in {"long_input_ids", "long_attention_mask", "text_states"} & inputs.keys():
+            inputs[name] = inputs[name][:, :-number]
+    return {name: value for name, value in inputs.items() if value.numel()}
+
+
+def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields chunks of `size` samples, or all samples."""
+    number = len(next(iter(inputs.values())))
+    for start in range(0, number, size or number):
+        yield {name: value[start : start + (size or number)] for name, value in inputs.items()}
+
+
+# Functions of the collator; its processes need no more than these.
+
+
+def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Prepares the image for the teacher's encoder."""
+    return pixels(record["image"], f"record {record['id']}")
+
+
+def _image_key(record: Record) -> dict[str, str]:
+    """Returns the key of a kept embedding (see [`KeyedRecords`])."""
+    key = cast(Any, record)["image_key"]
+    if isinstance(key, Exception):
+        raise key
+    return {"image_keys": key}
+
+
+def _vectors(record: Record, names: Sequence[str], dim: int) -> dict[str, torch.Tensor]:
+    """Returns embeddings [1, dim] of the record, or raises an error if one is missing or of another size."""
+    for name in names:
+        if len(record.get(name) or ()) != dim:
+            raise RecordError(
+                f"record {record['id']}: `{name}` must have {dim} numbers, the size of the model's embeddings, got "
+                f"{len(record.get(name) or ())}."
+            )
+    return {name: torch.tensor([record[name]], dtype=torch.float32) for name in names}

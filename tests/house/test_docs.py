@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import doctest
-import importlib
 import inspect
 import io
 import json
@@ -29,7 +28,7 @@ from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.training.config import parse_arguments
 from scripts import load_script
-from tiny_captioners import save_instructblip, save_llava
+from tiny_captioners import save_instructblip, save_llama, save_llava
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ["README.md", "MODEL_CARD.md", *sorted(f"docs/{file.name}" for file in (REPOSITORY / "docs").glob("*.md"))]
@@ -82,6 +81,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     shutil.copyfile(folder / "photos" / "cat.png", folder / "stamps" / "animals" / "cat.png")
     stamp = "A cat.\nde.utf8=Eine Katze.\nfr.utf8=Un chat.\nja.utf8=猫。\n"
     (folder / "stamps" / "animals" / "cat.txt").write_text(stamp, encoding="utf-8")
+    (folder / "entries.txt").write_text("red\nlarge\nblue circle\ngreen\n", encoding="utf-8")
     (folder / "captions.txt").write_text("A cat.\nA dog stands on a lawn. It holds a ball.\n", encoding="utf-8")
     for file in (golden / "official-corners2").iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -92,6 +92,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     # as if they came from the Hub
     save_instructblip(folder / "Salesforce" / "instructblip-vicuna-7b")
     save_llava(folder / "llava-hf" / "llava-1.5-7b-hf")
+    save_llama(folder / "lmsys" / "vicuna-7b-v1.5", chat_template=None)
+    save_llama(folder / "Qwen" / "Qwen2.5-7B-Instruct")
     BertTokenizer.from_pretrained(golden / "tokenizer").save_pretrained(folder / "google-bert" / "bert-base-uncased")
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards" / "0.tar", "w") as shard:
@@ -221,31 +223,6 @@ def test_links_lead_somewhere(file: str) -> None:
             found = (REPOSITORY / file).parent / path if path else REPOSITORY / file
             assert found.exists(), target
             assert not anchor or anchor in headings(str(found)), target
-
-
-def test_each_how_of_the_neighbours_works(parse: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)  # recipes
-    rows = [line.split(" | ") for line in read("docs/neighbours.md").splitlines() if line.startswith("| ")]
-    hows = [row[2] for row in rows if "`" in row[2]]
-    assert len(hows) > 20
-    for how in hows:
-        code = re.findall(r"`(.*?)`", how)[0]
-        if code.startswith("lotlip_hf."):
-            value = lotlip_hf
-            for name in code.split(".")[1:]:
-                value = getattr(value, name, None) or importlib.import_module(f"{value.__name__}.{name}")
-        elif code.startswith("lotlip train") or code.startswith("--"):
-            words = shlex.split(code.removeprefix("lotlip train"))
-            parse_arguments(words if "--data" in words else [*words, "--model", "checkpoint", "--data", "pictures"])
-        else:
-            parse(lotlip, shlex.split(code)[1:])
-
-
-def test_each_test_of_the_neighbours_exists() -> None:
-    found = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", read("docs/neighbours.md"))
-    assert len(found) > 5
-    for file, name in found:
-        assert f"def {name}(" in read(file), f"{file}::{name}"
 
 
 def examples(name: str) -> str:

@@ -1,6 +1,9 @@
 """Scenes: every caption is true of its picture, held-out groups need the long caption, and all of it is repeatable."""
 
+import json
 import re
+from collections import Counter
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
@@ -10,18 +13,24 @@ import numpy as np
 import pytest
 
 from lotlip_hf import LoTLIPTokenizer
+from lotlip_hf.data.record import check_record
 from lotlip_hf.scenes.dataset import (
     BACKGROUNDS,
     COLOURS,
     GROUP_SIZE,
     SHAPES,
+    TAGS,
     Scene,
     SceneObject,
     long_captions,
+    negatives,
+    regions,
     render,
+    rewrites,
     scene,
     scenes_dataset,
     short_caption,
+    tags,
 )
 
 NUMBERS = {"a": 1, "two": 2, "three": 3}
@@ -158,6 +167,66 @@ def test_the_short_caption_tells_of_the_salient_object_only() -> None:
         assert caption.replace(phrase[0], "").strip() in {"", "a picture of", "a drawing with", "there is"}
 
 
+def phrases(caption: str) -> list[dict[str, object]]:
+    """The objects that a caption describes in full, in the order of the caption."""
+    return [parse_phrase(match) for match in PHRASE.finditer(caption.lower())]
+
+
+def test_a_negative_is_its_caption_with_one_attribute_exchanged_and_false() -> None:
+    exchanged: Counter[str] = Counter()
+    for one in some_scenes():
+        short = [text for text in negatives(one) if not text.endswith(".")]
+        long = [text for text in negatives(one) if text.endswith(".")]
+        for caption, negative in zip(
+            [short_caption(one)] * len(short) + long_captions(one), short + long, strict=True
+        ):
+            before, after = phrases(caption), phrases(negative)
+            changes = [
+                (index, name)
+                for index, (old, new) in enumerate(zip(before, after, strict=True))
+                for name in old.keys() | new.keys()
+                if old.get(name) != new.get(name)
+            ]
+            ((index, name),) = changes
+            exchanged[name] += 1
+            assert not any(
+                all(getattr(item, attribute) == value for attribute, value in after[index].items())
+                for item in one.objects
+            )
+            # Nothing else differs: one piece of words, wherever the object is named.
+            old, new = (re.sub(r"\.", "", text).lower().split() for text in (caption, negative))
+            pieces = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+            changed = {(*old[a:b], *new[c:d]) for kind, a, b, c, d in pieces if kind != "equal"}
+            assert len(changed) == 1
+    assert set(exchanged) == {"colour", "shape", "pattern"}
+
+
+def test_rewrites_tags_and_regions_are_true() -> None:
+    for one in some_scenes():
+        again = rewrites(one)
+        assert len({*again, short_caption(one)}) == 5
+        for text in again:
+            (stated,) = phrases(text)
+            assert stated == {name: getattr(one.objects[0], name) for name in stated}
+        assert set(tags(one)) <= set(TAGS)
+        expected = {f"{item.colour} {item.shape}" for item in one.objects} | {f"{one.background} background"}
+        assert set(tags(one)) == expected
+        for item, region in zip(one.objects, regions(one), strict=True):
+            (stated,) = phrases(region["text"])
+            assert stated == {name: getattr(item, name) for name in stated}
+        check_record({"image": None, "short_caption": "a", "long_captions": [], "id": "a", "regions": regions(one)})
+
+
+def test_a_box_contains_its_object() -> None:
+    for one in some_scenes(30):
+        pixels = np.asarray(render(one, image_size=96)).astype(int)
+        for item, region in zip(one.objects, regions(one), strict=True):
+            rows, columns = np.nonzero((pixels == np.array(COLOURS[item.colour])).all(-1))
+            x0, y0, x1, y1 = (round(96 * edge, 6) for edge in region["box"])
+            assert x0 <= columns.min() < columns.max() + 1 <= x1
+            assert y0 <= rows.min() < rows.max() + 1 <= y1
+
+
 def test_the_picture_shows_what_the_scene_says() -> None:
     for one in some_scenes(60):
         pixels = np.asarray(render(one, image_size=96)).astype(int)  # cells of 32 pixels
@@ -229,12 +298,15 @@ def test_scenes_are_repeatable() -> None:
     # The same on every machine and in every process: a change here makes every number measured so far another one's.
     words = "\n".join(caption for one in first for caption in [short_caption(one), *long_captions(one)])
     assert crc32(words.encode()) == 831383010
+    assert crc32(b"".join(render(one).tobytes() for one in first)) == 1269905090
+    roles = [texts(one) for one in first for texts in (negatives, rewrites, tags, regions)]
+    assert crc32(json.dumps(roles).encode()) == 1142987947
 
 
 def test_bert_knows_every_word_and_long_captions_are_long(golden: Path) -> None:
     tokenizer = LoTLIPTokenizer.from_pretrained(golden / "tokenizer", model_max_length=512)
     long_texts = [caption for one in some_scenes() for caption in long_captions(one)]
-    short_texts = [short_caption(one) for one in some_scenes()]
+    short_texts = [text for one in some_scenes() for text in (short_caption(one), *rewrites(one), *tags(one))]
     lengths = {}
     for name, texts in {"long": long_texts, "short": short_texts}.items():
         ids = tokenizer(texts)["input_ids"]
@@ -246,13 +318,15 @@ def test_bert_knows_every_word_and_long_captions_are_long(golden: Path) -> None:
 
 def test_the_dataset_holds_the_scenes(tmp_path: Path) -> None:
     held_out = scenes_dataset(10, seed=2, split="test", image_size=48)
-    assert held_out.column_names == ["image", "short_caption", "long_captions", "id", "group"]
+    roles = {"negatives": negatives, "rewrites": rewrites, "tags": tags, "regions": regions}
+    assert held_out.column_names == ["image", "short_caption", "long_captions", "id", "group", *roles]
     assert len(held_out) == 10
     for index, row in enumerate(held_out):
         one = scene(index, seed=2, split="test")
         assert np.array_equal(np.asarray(row["image"]), np.asarray(render(one, image_size=48)))
         assert (row["short_caption"], row["long_captions"]) == (short_caption(one), long_captions(one))
         assert (row["id"], row["group"]) == (one.id, one.group)
+        assert all(row[name] == role(one) for name, role in roles.items())
     (kept,) = {file["filename"] for file in held_out.cache_files}
     assert Path(kept).is_relative_to(tmp_path)
     # Drawn once, and a longer one starts the same.

@@ -15,9 +15,9 @@ from seams import train_alone_and_together
 
 
 class Guess(nn.Module):
-    """The distance of the short texts from what a matrix makes of the images, weighted by `tags`, if any."""
+    """The distance of the short texts from what a matrix makes of the images, weighted by `labels`, if any."""
 
-    needs = frozenset({"image_embeds", "text_embeds", "tags"})
+    needs = frozenset({"image_embeds", "text_embeds", "labels"})
 
     def __init__(self, projection_dim: int = 5, power: int = 2) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Guess(nn.Module):
         images = views.all("image_embeds")
         guesses = self.map(views["image_embeds"] - images.mean(0))
         distances = (guesses - views["text_embeds"][:, 0]).abs().pow(self.power).sum(1)
-        return (views.get("tags", 1) * distances).sum() * world_size() / len(images)
+        return (views.get("labels", 1) * distances).sum() * world_size() / len(images)
 
 
 def main(argv: list[str]) -> int:

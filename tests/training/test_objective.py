@@ -20,21 +20,22 @@ from transformers import BertConfig, ViTConfig
 
 import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.data.collator import ModelInputs
+from lotlip_hf.data.collator import ModelInputs, _digest
 from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.objective import Objective, batch_loss, embed
 from lotlip_hf.training.terms import TERMS, pairs
 from lotlip_hf.training.terms.infonce import InfoNCE
-from lotlip_hf.training.terms.instance import Instance
 from lotlip_hf.training.terms.primary_components import primary_components
 from lotlip_hf.training.terms.sigmoid import Sigmoid
-from lotlip_hf.training.terms.structure import Structure
+from lotlip_hf.training.terms.soft_labels import SoftLabels
 from processes import run_processes
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 
+VOCABULARY = Path(__file__).with_name("vocabulary.txt")
+TAGGED = {"vocabulary": VOCABULARY, "projection_dim": 5}
 # Terms and their options.
 OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"infonce": {}},
@@ -43,12 +44,21 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"primary_components": {"num_components": 2, "label_smoothing": 0.2, "equal_positives": True}},
     {"sigmoid": {}},
     {"instance": {}, "structure": {}},
-    {"infonce": {}, "structure": {"distance": "squared"}},
-    {"infonce": {}, "guess": {}, "sigmoid": {}},
+    {"infonce": {}, "structure": {"distance": "squared", "of": "both"}},
+    {"soft_labels": {"share": 0.3}, "instance": {"of": "image"}},
+    {"hard_negatives": {"number": 3, "temperature": 0.2}, "cosine": {"of": "both"}},
+    {"hard_negatives": {"directions": "image"}, "similarities": {"temperature": 0.3, "of": "both"}},
+    {"negatives": {}, "tags": TAGGED},
+    {"infonce": {}, "guess": {}, "sigmoid": {}, "hard_negatives": {}, "negatives": {}, "tags": TAGGED, "cosine": {}},
 ]
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
 # Equal texts of 13 samples: short ones in groups of 1 to 5, all of the second kind, and none of the third.
 KEYS = torch.stack([torch.tensor([0, 1, 0, 2, 0, 3, 1, 4, 0, 5, 6, 4, 0]), torch.full([13], 7), torch.arange(13)], 1)
+# Digests of the tags of 13 samples: some have none, and some have one that is not in the vocabulary.
+TAGS = torch.tensor([[_digest([tag]) if tag else 0 for tag in tags] for tags in 13 * [["BLUE", "red"]]])
+TAGS[::3] = torch.tensor([_digest(["large square"]), 0])
+TAGS[::4] = torch.tensor([_digest(["green"]), _digest(["small"])])
+TAGS[1], TAGS[2] = 0, torch.tensor([_digest(["green"]), 0])
 FACTORS = {"guess": 0.5, "structure": 2.0}  # of the terms
 
 
@@ -75,17 +85,24 @@ class Towers(nn.Module):
         self.image_map, self.text_map = nn.Parameter(random(6, 5)), nn.Parameter(random(7, 5))
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.images, self.texts, self.corners = random(13, 6), random(13, 3, 7), random(13, 2, 2, 7)
-        self.tags, self.targets = torch.arange(13) % 4, F.normalize(random(13, 3, 5), dim=-1)
-        self.text_keys = KEYS
+        self.labels, self.targets = torch.arange(13) % 4, F.normalize(random(13, 3, 5), dim=-1)
+        self.text_keys, self.tags = KEYS, TAGS
+        self.negatives, self.image_targets = random(13, 2, 7), F.normalize(random(13, 5), dim=-1)
+        self.mask = torch.arange(26).view(13, 2) % 3 > 0
+        self.mask[4] = self.mask[7] = False
 
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         embeds = {
             "image_embeds": F.normalize(self.images[samples] @ self.image_map, dim=-1),
             "text_embeds": F.normalize(self.texts[samples] @ self.text_map, dim=-1),
             "corner_embeds": F.normalize(self.corners[samples] @ self.text_map, dim=-1),
+            "negative_embeds": F.normalize(self.negatives[samples] @ self.text_map, dim=-1),
+            "negative_mask": self.mask[samples],
+            "labels": self.labels[samples],
             "tags": self.tags[samples],
             "text_keys": self.text_keys[samples],
             "teacher_text_embeds": self.targets[samples],
+            "teacher_image_embeds": self.image_targets[samples],
         }
         return embeds, self.logit_scale.exp()
 
@@ -96,14 +113,95 @@ def sigmoid_loss(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(labels * (logits + bias)).sum() / len(logits)
 
 
-def instance(texts: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def taught(term: Any, embeds: dict[str, torch.Tensor]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The embeddings and the teacher's: of images, and of each kind of text."""
+    if "teacher_image_embeds" in term.needs:
+        yield [(embeds["image_embeds"], embeds["teacher_image_embeds"])]
+    if "teacher_text_embeds" in term.needs:
+        yield [*zip(embeds["text_embeds"].unbind(1), embeds["teacher_text_embeds"].unbind(1), strict=False)]
+
+
+def guess(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    guesses = term.map(embeds["image_embeds"] - embeds["image_embeds"].mean(0))
+    distances = (guesses - embeds["text_embeds"][:, 0]).square().sum(1)
+    return FACTORS["guess"] * (embeds["labels"] * distances).mean()
+
+
+def instance(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
     """ProCLIP's instance loss of the short texts, and of the long ones."""
-    return sum(F.mse_loss(*pair, reduction="sum") for pair in zip(texts.unbind(1), teacher.unbind(1), strict=True))
+    pairs = [pair for kind in taught(term, embeds) for pair in kind]
+    return sum(F.mse_loss(*pair, reduction="sum") for pair in pairs) / len(pairs[0][0])
 
 
-def structure(texts: torch.Tensor, teacher: torch.Tensor, loss: Any = F.smooth_l1_loss) -> torch.Tensor:
+def structure(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
     """ProCLIP's structure loss, of the short texts."""
-    return loss(torch.pdist(texts[:, 0]), torch.pdist(teacher[:, 0]), reduction="sum")
+    sums = [term.loss(*map(torch.pdist, kind[0]), reduction="sum") for kind in taught(term, embeds)]
+    return FACTORS["structure"] * sum(sums) / len(embeds["text_embeds"])
+
+
+def cosine(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    return sum(
+        torch.stack([1 - (student * teacher).sum(1).mean() for student, teacher in kind]).mean()
+        for kind in taught(term, embeds)
+    )
+
+
+def similarities(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """The divergence by its definition."""
+    means = []
+    for kind in taught(term, embeds):
+        each = []
+        for pair in kind:
+            student, teacher = ((one @ one.t() / term.temperature).softmax(1) for one in pair)
+            each.append((teacher * (teacher / student).log()).sum(1).mean())
+        means.append(torch.stack(each).mean())
+    return sum(means)
+
+
+def hard_negatives(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """UniME's loss, negative by negative."""
+    losses = []
+    for texts in embeds["text_embeds"].unbind(1):
+        both = {"image": embeds["image_embeds"] @ texts.t(), "text": texts @ embeds["image_embeds"].t()}
+        for cosines in (both[direction] for direction in term.directions):
+            for i, row in enumerate(cosines):
+                others = [one for j, one in enumerate(row) if j != i and one <= row[i] + term.margin]
+                hardest = sorted(others, key=torch.Tensor.item, reverse=True)[: term.number]
+                losses.append(F.cross_entropy(torch.stack([row[i], *hardest]) / term.temperature, torch.tensor(0)))
+    return torch.stack(losses).mean()
+
+
+def negatives(term: Any, embeds: dict[str, torch.Tensor], logit_scale: torch.Tensor) -> torch.Tensor:
+    """HQ-CLIP's loss of the long texts, of the samples that have negatives."""
+    losses = []
+    rows = zip(
+        *(embeds[name] for name in ("image_embeds", "text_embeds", "negative_embeds", "negative_mask")), strict=True
+    )
+    for image, texts, others, mask in rows:
+        for text in texts[1:] if mask.any() else ():
+            logits = logit_scale * torch.stack([text, *others[mask]]) @ image
+            losses.append(F.cross_entropy(logits, torch.tensor(0)))
+    return torch.stack(losses).mean()
+
+
+def tags(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    losses = []
+    for image, of_image in zip(embeds["image_embeds"], embeds["tags"].tolist(), strict=True):
+        if any(of_image):
+            targets = [float(_digest([tag]) in of_image) for tag in ("red", "blue", "large square", "small")]
+            losses.append(F.binary_cross_entropy(term.head(image).sigmoid(), torch.tensor(targets)))
+    return torch.stack(losses).mean()
+
+
+PLAIN = {
+    one.__name__: one for one in (guess, instance, structure, cosine, similarities, hard_negatives, negatives, tags)
+}
+
+
+def softened(logits: torch.Tensor, share: float) -> torch.Tensor:
+    """The share of the negatives in proportion to their exponentials."""
+    exponentials = logits.detach().exp().fill_diagonal_(0)
+    return share * exponentials / exponentials.sum(1, keepdim=True) + (1 - share) * torch.eye(len(logits))
 
 
 def equal_targets(embeds: dict[str, torch.Tensor], number: int) -> torch.Tensor:
@@ -124,14 +222,8 @@ def plain_loss(
     features = [texts, embeds["corner_embeds"].flatten(1, 2)] if "corner_embeds" in embeds else [texts]
     losses = {}
     for name, term in objective.terms.items():
-        if isinstance(term, Guess):
-            guesses = term.map(embeds["image_embeds"] - embeds["image_embeds"].mean(0))
-            distances = (guesses - texts[:, 0]).square().sum(1)
-            losses["loss_guess"] = FACTORS["guess"] * (embeds["tags"] * distances).mean()
-            continue
-        if isinstance(term, Instance | Structure):
-            plain = instance if isinstance(term, Instance) else partial(structure, loss=term.loss)
-            losses[f"loss_{name}"] = FACTORS.get(name, 1.0) * plain(texts, embeds["teacher_text_embeds"]) / len(texts)
+        if name in PLAIN:
+            losses[f"loss_{name}"] = PLAIN[name](term, embeds, logit_scale)
             continue
         each = []
         for number, text in enumerate(torch.cat(features, dim=1).unbind(1)):
@@ -139,6 +231,8 @@ def plain_loss(
             logits = (primary_components(images, term.num_components) if is_components else images) @ text.t()
             if isinstance(term, Sigmoid):
                 each.append(sigmoid_loss(logits, term.logit_bias))
+            elif isinstance(term, SoftLabels):
+                each.append(sum(F.cross_entropy(one, softened(one, term.share)) for one in (logits, logits.t())) / 2)
             else:
                 targets, smoothing = torch.arange(len(logits)), term.label_smoothing
                 if term.equal_positives:
@@ -221,9 +315,10 @@ def test_equal_positives_are_soft_targets(label_smoothing: float) -> None:
     assert not torch.equal(objective({**different, "text_keys": KEYS}, scale)["loss"], plain(leaves, scale)["loss"])
 
 
-def test_terms_are_float32_under_autocast() -> None:
+@pytest.mark.parametrize("terms", OBJECTIVES, ids=str)
+def test_terms_are_float32_under_autocast(terms: dict[str, dict[str, Any]]) -> None:
     """Also where a term takes what is half as long."""
-    objective = make(OBJECTIVES[-1])
+    objective = make(terms)
     embeds, scale = Towers()()
     exact = {
         name: (value.detach().bfloat16() if value.is_floating_point() else value) for name, value in embeds.items()
@@ -238,7 +333,7 @@ def test_terms_are_float32_under_autocast() -> None:
     answer.backward()
     assert answer.dtype == torch.float32
     assert torch.equal(answer, expected)
-    for name in objective.needs - {"tags"}:
+    for name in (name for name in objective.needs if exact[name].requires_grad):
         torch.testing.assert_close(half[name].grad.float(), exact[name].grad, rtol=0.01, atol=0.01)
 
 
@@ -266,26 +361,35 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options", [{"infonce": {"label_smoothing": 0.1, "equal_positives": True}}, {"sigmoid": {}}], ids=str
+    "options",
+    [
+        {"infonce": {"label_smoothing": 0.1, "equal_positives": True}},
+        {"sigmoid": {}},
+        {"soft_labels": {}},
+        {"hard_negatives": {}},
+        {"similarities": {"temperature": 1.0}},
+    ],
+    ids=str,
 )
 def test_tiles_hold_no_matrix_of_the_batch(
     options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither forward nor backward, nor with smoothed labels."""
     monkeypatch.setattr(pairs, "TILE_SIZE", 16)
-    batch_size, num_sets, width = 192, 5, 4
-    images, texts = torch.randn(batch_size, width, requires_grad=True), torch.randn(batch_size, num_sets, width)
+    batch_size, num_sets, width = 96, 3, 4
+    images, texts, teacher = (torch.randn(batch_size, *shape, width) for shape in ((), (num_sets,), (num_sets,)))
     keys = torch.arange(batch_size * num_sets).view(batch_size, num_sets) // 8
-    embeds = {"image_embeds": images, "text_embeds": texts, "text_keys": keys}
+    embeds = {"image_embeds": images.requires_grad_(), "text_embeds": texts.requires_grad_(), "text_keys": keys}
+    embeds["teacher_text_embeds"] = teacher
 
     def most(function: Any) -> int:
-        with LiveBytes(images, texts) as mode:
+        with LiveBytes(*embeds.values()) as mode:
             function(embeds, torch.tensor(2.0))["loss"].backward()
         return mode.most
 
     matrix = 4 * batch_size**2  # bytes
     assert most(make(options)) < matrix
-    assert most(partial(plain_loss, make(options))) >= num_sets * matrix
+    assert most(partial(plain_loss, make({"infonce": {}}))) >= num_sets * matrix
 
 
 # Several processes
@@ -340,14 +444,19 @@ def tiny_model(dropout: float = 0.0) -> LoTLIPModel:
     return model.train()
 
 
-def tiny_batch(batch_size: int) -> dict[str, Any]:
+def tiny_batch(batch_size: int, num_negatives: int = 0) -> dict[str, Any]:
     torch.manual_seed(3)
-    batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": tiny.input_ids(batch_size, 2, 8)}
+    long_input_ids = tiny.input_ids(batch_size, 2 + num_negatives, 8)
+    batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": long_input_ids}
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
-    others = {"tags": torch.arange(batch_size) % 3 + 1}  # which no model takes
-    others["text_keys"] = KEYS[:batch_size]
+    others = {"labels": torch.arange(batch_size) % 3 + 1}  # which no model takes
+    others |= {"text_keys": KEYS[:batch_size], "tags": TAGS[:batch_size]}
     others["teacher_text_embeds"] = F.normalize(torch.randn(batch_size, 3, 24), dim=-1)
+    others["teacher_image_embeds"] = F.normalize(torch.randn(batch_size, 24), dim=-1)
+    if num_negatives:
+        numbers = torch.arange(num_negatives * batch_size).view(batch_size, num_negatives)
+        others["negative_mask"] = numbers % 3 > 0
     return {**batch, **others, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
 
@@ -360,7 +469,9 @@ CACHED = [
     {"infonce": {"label_smoothing": 0.1, "equal_positives": True}},
     {"sigmoid": {}},
     {"infonce": {}, "guess": {"projection_dim": 24}},
-    {"instance": {}, "structure": {}},
+    {"instance": {"of": "both"}, "structure": {}, "similarities": {}, "cosine": {"of": "image"}},
+    {"negatives": {}, "hard_negatives": {}, "soft_labels": {}},
+    {"tags": {"vocabulary": VOCABULARY, "projection_dim": 24}},
 ]
 
 
@@ -383,7 +494,7 @@ def chunked_plain(
 def test_cached_gradients_are_the_plain_ones(
     dropout: float, terms: dict[str, dict[str, Any]], with_accelerator: bool
 ) -> None:
-    batch, objective = tiny_batch(7), make(terms)
+    batch, objective = tiny_batch(7, 2 if "negatives" in terms else 0), make(terms)
     model = tiny_model(dropout)
     plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)
     plain["loss"].backward()
@@ -424,12 +535,12 @@ def test_the_model_computes_what_is_needed() -> None:
     model, batch = tiny_model(), tiny_batch(3)
     asked: list[dict[str, Any]] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
-    embeds = embed(model, batch, {"text_embeds", "tags", "corner_embeds"})
-    assert embeds.keys() == {"text_embeds", "tags", "corner_embeds"}
+    embeds = embed(model, batch, {"text_embeds", "labels", "corner_embeds"})
+    assert embeds.keys() == {"text_embeds", "labels", "corner_embeds"}
     assert embed(model, batch, {"image_embeds"}).keys() == {"image_embeds"}
     assert ["pixel_values" in each for each in asked] == [False, True]
     assert [each["output_corner_embeds"] for each in asked] == [True, False]
-    assert all(each["pooled_only"] and "tags" not in each and not each["return_loss"] for each in asked)
+    assert all(each["pooled_only"] and "labels" not in each and not each["return_loss"] for each in asked)
 
 
 def test_cached_gradients_of_locked_parameters() -> None:

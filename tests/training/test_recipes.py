@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ import tiny_clip
 import tiny_tokenizers
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.cli import main as lotlip
+from lotlip_hf.conversion import clip as clip_conversion
+from lotlip_hf.scenes.dataset import TAGS, scenes_dataset
 from lotlip_hf.training import linear_heads
 from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.log import read_log
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.endswith("-relabel"))
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 IMAGE = {**SIZE, "num_hidden_layers": 4, "image_size": 32, "patch_size": 16}
 # Model types of the two encoders.
@@ -26,7 +30,12 @@ TOWERS = {
     "llm2clip": ("llama", "clip_vision_model"),
     "proclip-1": ("llama", "clip_vision_model"),
     "small-data": ("bert", "dinov2"),
+    "laclip": ("bert", "vit"),
+    "veclip": ("bert", "vit"),
+    "hq-clip": ("bert", "vit"),
+    "unime": ("bert", "vit"),
 }
+CHECKPOINTS = ("long-clip", "proclip-2", "dclip")  # recipes that continue a model
 OWN_TOWERS = ["--text-model", "text", "--image-model", "image"]  # small-data has none
 DECODER = {"num_key_value_heads": 1, "head_dim": 8}
 # Options that need a GPU, many pictures or much time.
@@ -51,17 +60,39 @@ def save_towers(folder: Path, golden: Path, text_type: str, image_type: str) -> 
     return ["--text-model", str(text), "--image-model", str(image)]
 
 
+def save_clip(folder: Path) -> Path:
+    """Saves a tiny LoTLIP over CLIP's towers, with stretched positions."""
+    tiny_clip.save_clip(folder / "clip")
+    clip_conversion.convert(folder / "clip", folder / "lotlip", num_corner_tokens=0, max_positions=90)
+    return folder / "lotlip"
+
+
+def save_taught_scenes(folder: Path, dim: int) -> Path:
+    """Saves a few scenes with embeddings of a teacher, here drawn at random."""
+    folder.mkdir()
+    rows, drawn = [], Random(0)
+    for index, record in enumerate(scenes_dataset(8)):
+        record["image"].save(folder / f"{index}.png")
+        embeds = {f"teacher_{kind}_embeds": [drawn.gauss(0, 1) for _ in range(dim)] for kind in ("image", "text")}
+        rows.append(
+            {"file_name": f"{index}.png", "short_caption": record["short_caption"], "long_captions": [], **embeds}
+        )
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
 def test_every_recipe_is_trained() -> None:
-    assert {recipe.stem for recipe in RECIPES} == set(TOWERS)
+    assert {recipe.stem for recipe in RECIPES} == {*TOWERS, *CHECKPOINTS}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_parses(recipe: Path) -> None:
+def test_a_recipe_parses(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tags.txt").write_text("cat\n", encoding="utf-8")  # of hq-clip
+    monkeypatch.chdir(tmp_path)
     argv = ["--data", "pictures", *(OWN_TOWERS if recipe.stem == "small-data" else ())]
     config = parse_arguments(["--recipe", recipe.stem, *argv])
     assert config == parse_arguments(["--config", str(recipe), *argv])
-    assert config.text_model is not None
-    assert config.image_model is not None
+    assert config.model is not None or None not in (config.text_model, config.image_model)
 
 
 def test_small_data_trains_its_stages(
@@ -102,20 +133,34 @@ def test_small_data_trains_on_few_pictures(
 @pytest.mark.parametrize(
     "recipe", [one for one in RECIPES if one.stem != "small-data"], ids=lambda recipe: recipe.stem
 )
-def test_a_recipe_trains_two_steps(recipe: Path, tmp_path: Path, golden: Path) -> None:
+def test_a_recipe_trains_two_steps(
+    recipe: Path, tmp_path: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tags.txt").write_text("\n".join(TAGS), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     config = parse_arguments(["--config", str(recipe), "--data", "scenes"])
-    towers = save_towers(tmp_path, golden, *TOWERS[recipe.stem])
-    changed = ["--mixed-precision", "no", "--max-steps", "2", "--log-steps", "1", "--cache", str(tmp_path / "cache")]
-    if config.teacher is not None:
+    data, argv = ["--data", "scenes", "--num-scenes", "8"], list[str]()
+    if recipe.stem in CHECKPOINTS:
+        argv += ["--model", str(save_clip(tmp_path))]
+    else:
+        argv += save_towers(tmp_path, golden, *TOWERS[recipe.stem])
+    if config.teacher == "columns":
+        data = ["--data", str(save_taught_scenes(tmp_path / "taught", tiny_clip.PROJECTION_DIM))]
+    elif config.teacher not in (None, "ema"):
         tiny_clip.save_clip(tmp_path / "teacher")
-        changed += ["--teacher", str(tmp_path / "teacher"), "--projection-dim", str(tiny_clip.PROJECTION_DIM)]
+        argv += ["--teacher", str(tmp_path / "teacher"), "--projection-dim", str(tiny_clip.PROJECTION_DIM)]
     if config.grad_cache_chunk is not None:
-        changed += ["--grad-cache-chunk", "2"]
-    data = ["--data", "scenes", "--num-scenes", "8", "--output", str(tmp_path / "run")]
-    assert lotlip(["train", "--config", str(recipe), *towers, *SMALL, *changed, *data]) == 0
-    assert [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [1, 2]
+        argv += ["--grad-cache-chunk", "2"]
+    argv += ["--mixed-precision", "no", "--max-steps", "2", "--log-steps", "1", "--cache", str(tmp_path / "cache")]
+    assert lotlip(["train", "--config", str(recipe), *SMALL, *argv, *data, "--output", str(tmp_path / "run")]) == 0
+    entries = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    names = {term.partition(":")[0] for term in config.terms}
+    assert all(any(key.startswith(f"loss_{name}") for key in entries[0]) for name in names)
     model = LoTLIPModel.from_pretrained(tmp_path / "run" / "checkpoint-2")
     text = model.config.text_config
+    if recipe.stem in CHECKPOINTS:
+        return
     assert text.num_corner_tokens == config.num_corner_tokens
     assert text.projection == (config.text_projection or "linear")
     assert config.text_pooling in (None, text.pooling)

@@ -1,28 +1,232 @@
 """The terms of the objective against naive formulations, and the options that choose them."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_new_term import Guess
 from torch import nn
 from torch.nn import functional as F
 
 from lotlip_hf import LoTLIPConfig
+from lotlip_hf.cli import main as lotlip
+from lotlip_hf.data.collator import _digest
+from lotlip_hf.encoder import load_encoder
+from lotlip_hf.scenes.dataset import scene, short_caption
+from lotlip_hf.scenes.small import small_model
+from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.objective import Objective, make_objective
 from lotlip_hf.training.terms import TERMS
+from lotlip_hf.training.terms import tags as tags_of
+from lotlip_hf.training.terms.cosine import Cosine
+from lotlip_hf.training.terms.hard_negatives import HardNegatives
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.instance import Instance
+from lotlip_hf.training.terms.negatives import Negatives
 from lotlip_hf.training.terms.primary_components import PrimaryComponents, primary_components
+from lotlip_hf.training.terms.similarities import Similarities
+from lotlip_hf.training.terms.soft_labels import SoftLabels
 from lotlip_hf.training.terms.structure import Structure
+from lotlip_hf.training.terms.tags import Tags
 from lotlip_hf.training.terms.views import Views
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+VOCABULARY = Path(__file__).with_name("vocabulary.txt")
 
 
 def embeddings(*shape: int) -> torch.Tensor:
     return F.normalize(torch.randn(shape), dim=-1)
+
+
+def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
+    """Random tensors of each name that a term needs, in float64, with 5 dimensions."""
+    torch.manual_seed(0)
+    shapes = {
+        "image_embeds": (),
+        "text_embeds": (num_texts,),
+        "corner_embeds": (num_texts - 1, 2),
+        "negative_embeds": (2,),
+        "teacher_image_embeds": (),
+        "teacher_text_embeds": (num_texts,),
+    }
+    made = {name: embeddings(batch_size, *shape, 5).double() for name, shape in shapes.items()}
+    tags = [[_digest(["blue"]), _digest(["small"])], [_digest(["red"]), 0], [0, 0]]
+    return {
+        **made,
+        "tags": torch.tensor(tags).repeat(batch_size, 1)[:batch_size],
+        "negative_mask": (torch.arange(2 * batch_size) % 3 > 0).view(batch_size, 2),
+    }
+
+
+def loss_of(term: nn.Module, embeds: dict[str, torch.Tensor], logit_scale: float = 7.0) -> torch.Tensor:
+    loss = term(Views(embeds, torch.tensor(logit_scale, dtype=torch.float64)))
+    return sum(loss.values()) if isinstance(loss, dict) else loss
+
+
+# Gradients. Those of primary components and of soft labels are not of the loss alone: both hold something constant.
+TAGGED = {"vocabulary": VOCABULARY, "projection_dim": 5}
+DIFFERENTIABLE: list[tuple[str, dict[str, Any]]] = [
+    ("infonce", {"label_smoothing": 0.1}),
+    ("sigmoid", {}),
+    ("soft_labels", {"share": 0.0}),
+    ("hard_negatives", {"number": 3, "temperature": 0.2}),
+    ("negatives", {}),
+    ("tags", TAGGED),
+    ("instance", {"of": "both"}),
+    ("structure", {"of": "both"}),
+    ("structure", {"of": "image", "distance": "squared"}),
+    ("similarities", {"of": "both", "temperature": 0.5}),
+    ("cosine", {"of": "both"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), DIFFERENTIABLE, ids=str)
+def test_the_gradient_is_that_of_finite_differences(name: str, options: dict[str, Any]) -> None:
+    term, given = TERMS[name](**options).double(), tensors()
+    own = [each for each in given if each.endswith("_embeds") and each in term.needs and "teacher" not in each]
+
+    def function(*values: torch.Tensor) -> torch.Tensor:
+        return loss_of(term, {**given, **dict(zip(own, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, [given[each].requires_grad_() for each in own], fast_mode=True)
+
+
+# The authors' functions (tests/golden/terms/README.md)
+
+
+def test_hard_negatives_are_unimes(golden: Path) -> None:
+    file = load_file(golden / "terms" / "unime.safetensors")
+    queries, keys = file["queries"].requires_grad_(), file["keys"].requires_grad_()
+    for direction, images, texts in (("image", queries, keys), ("text", keys, queries)):
+        embeds = {"image_embeds": images, "text_embeds": texts.unsqueeze(1)}
+        loss = loss_of(HardNegatives(directions=direction), embeds)
+        torch.testing.assert_close(loss.detach(), file["loss"], **EXACT)
+        for grad, name in zip(torch.autograd.grad(loss, [queries, keys]), ("queries", "keys"), strict=True):
+            torch.testing.assert_close(grad, file[f"{name}_grad"], **EXACT)
+
+
+def test_primary_components_with_smoothed_labels_are_long_clip(golden: Path) -> None:
+    """Its weights are ours times the number of features. Its gradient of the images differs by design."""
+    file = load_file(golden / "terms" / "long_clip.safetensors")
+    images, long, short = (file[name].float().requires_grad_() for name in ("images", "long", "short"))
+    embeds = {"image_embeds": F.normalize(images, dim=-1)}
+    embeds["text_embeds"] = F.normalize(torch.stack([short, long], dim=1), dim=-1)
+    term = PrimaryComponents(short_loss_weight=2.0, long_loss_weight=2.0, label_smoothing=0.1)
+    losses = term(Views(embeds, torch.tensor(20.0)))
+    sum(losses.values()).backward()
+    for name, texts in {"long": long, "short": short}.items():
+        torch.testing.assert_close(losses[name].detach(), file[f"loss_{name}"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(texts.grad, file[f"{name}_grad"], rtol=0, atol=1e-6)
+
+
+def test_infonce_of_short_texts_is_laclips(golden: Path) -> None:
+    file = load_file(golden / "terms" / "laclip.safetensors")
+    images, texts = file["images"].requires_grad_(), file["texts"].requires_grad_()
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    embeds = {"image_embeds": F.normalize(images, dim=-1), "text_embeds": F.normalize(texts, dim=-1).unsqueeze(1)}
+    loss = InfoNCE()(Views(embeds, scale))["short"]
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), file["loss"], **EXACT)
+    for tensor, name in ((images, "images"), (texts, "texts"), (scale, "scale")):
+        torch.testing.assert_close(tensor.grad, file[f"{name}_grad"], **EXACT)
+
+
+# Negatives, tags and labels
+
+
+@pytest.mark.parametrize(("margin", "is_left_out"), [(0.1, True), (3.0, False)])
+def test_a_duplicate_is_no_hard_negative(margin: float, is_left_out: bool) -> None:
+    """A text that is nearer to an image than the image's own by more than the margin has no gradient from it."""
+    given = tensors(num_texts=1)
+    given["text_embeds"][4, 0] = given["image_embeds"][1]
+    cosines = (given["image_embeds"] @ given["text_embeds"][:, 0].t()).requires_grad_()
+    HardNegatives(margin=margin).loss(cosines, torch.eye(6, dtype=torch.bool)).backward()
+    assert cosines.grad.isfinite().all()
+    assert (cosines.grad[1, 4] == 0) == is_left_out
+
+
+@pytest.mark.parametrize("name", ["hard_negatives", "soft_labels", "similarities"])
+def test_a_batch_of_one_sample_has_no_loss(name: str) -> None:
+    given = tensors(1)
+    given["text_embeds"].requires_grad_()
+    loss = loss_of(TERMS[name](), given)
+    loss.backward()
+    assert loss == 0
+    assert given["text_embeds"].grad.isfinite().all()
+
+
+def test_soft_labels_without_a_share_are_infonce() -> None:
+    given, options = tensors(), {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
+    expected = loss_of(InfoNCE(**options), given)
+    torch.testing.assert_close(loss_of(SoftLabels(0.0, **options), given), expected, **EXACT)
+    assert loss_of(SoftLabels(0.3, **options), given) != expected
+
+
+def test_negatives_are_those_of_records_that_have_some() -> None:
+    """And their matches are the long texts, or the short ones if there are no long ones."""
+    given = tensors()
+    has_some = given["negative_mask"].any(1)
+    given["negative_mask"][2:4] = has_some[2:4] = False
+    expected = loss_of(Negatives(), {name: value[has_some] for name, value in given.items()})
+    torch.testing.assert_close(loss_of(Negatives(), given), expected, **EXACT)
+    other_short = {**given, "text_embeds": torch.cat([-given["text_embeds"][:, :1], given["text_embeds"][:, 1:]], 1)}
+    assert loss_of(Negatives(), other_short) == loss_of(Negatives(), given)
+    images, texts = given["image_embeds"], given["text_embeds"][:, :1].clone().requires_grad_()
+    one = {"image_embeds": images, "text_embeds": texts, "negative_embeds": given["negative_embeds"][:, :1]}
+    one["negative_mask"] = torch.ones(6, 1, dtype=torch.bool)
+    logits = 7 * torch.stack([(images * each[:, 0]).sum(1) for each in (texts, one["negative_embeds"])], 1)
+    expected = F.cross_entropy(logits, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(loss_of(Negatives(), one), expected, **EXACT)
+    nothing = loss_of(Negatives(), {**one, "negative_mask": torch.zeros(6, 1, dtype=torch.bool)})
+    nothing.backward()
+    assert nothing == 0
+    assert texts.grad.isfinite().all()
+
+
+def test_tags_are_classes_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """A resumed run keeps the order that it started with."""
+    term = Tags(VOCABULARY, 5).double()
+    tags = [["Large  Square", "RED"], ["green"], ["green", "blue"]]
+    digests = torch.tensor([[_digest([tag]) for tag in (row + row)[:2]] for row in tags])
+    assert term.targets(digests).tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert term.head.weight.shape == (4, 5)
+    (tmp_path / "tags.txt").write_text("small\nred\nblue\nlarge square", encoding="utf-8")
+    resumed = Tags(tmp_path / "tags.txt", 5)
+    assert not torch.equal(resumed.targets(digests), term.targets(digests))
+    resumed.load_state_dict(term.state_dict())
+    assert torch.equal(resumed.targets(digests), term.targets(digests))
+    loss = loss_of(term, {"image_embeds": tensors(2)["image_embeds"], "tags": torch.zeros(2, 1, dtype=torch.long)})
+    loss.backward()
+    assert loss == 0
+    assert not term.head.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "tags.txt"),
+        (b"", "vocabulary"),
+        (b"\n \n", "vocabulary"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"one\ntwo\nthree\nfour\n", "vocabulary"),
+        (b"x" * 65, "64"),
+    ],
+)
+def test_a_wrong_vocabulary_is_refused(
+    content: bytes | None, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tags_of, "MAX_TAGS", 3)
+    monkeypatch.setattr(tags_of, "MAX_BYTES", 64)
+    file = tmp_path / "tags.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=word) as caught:
+        parse_arguments(["--terms", "tags", "--term-options", f"tags.vocabulary={file}"])
+    assert "tags.txt" in str(caught.value)
 
 
 # Primary components
@@ -60,6 +264,7 @@ def test_components_of_equal_images_have_a_gradient() -> None:
 # Terms with a teacher
 
 TAUGHT = {"instance": Instance(), "structure": Structure(), "squared": Structure("squared")}
+OF_BOTH = {"instance": Instance, "structure": Structure, "similarities": Similarities, "cosine": Cosine}
 
 
 def with_teacher(term: nn.Module, texts: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -87,6 +292,24 @@ def test_a_term_with_a_teacher(name: str) -> None:
     assert with_teacher(TAUGHT[name], teacher, teacher) == 0
 
 
+@pytest.mark.parametrize("name", OF_BOTH)
+def test_a_term_of_both_is_that_of_images_and_of_the_texts_that_the_teacher_has(name: str) -> None:
+    given = tensors()
+    given["teacher_text_embeds"] = given["teacher_text_embeds"][:, :2]
+    cut = {**given, "text_embeds": given["text_embeds"][:, :2]}
+    image, text = (OF_BOTH[name](of=kind) for kind in ("image", "text"))
+    assert image.needs == {"image_embeds", "teacher_image_embeds"}
+    assert text.needs == OF_BOTH[name]().needs == {"text_embeds", "teacher_text_embeds"}
+    single = {name: given[name].unsqueeze(1) for name in ("image_embeds", "teacher_image_embeds")}
+    as_text = {name.replace("image", "text"): value for name, value in single.items()}
+    torch.testing.assert_close(loss_of(image, given), loss_of(text, as_text), **EXACT)
+    torch.testing.assert_close(loss_of(text, given), loss_of(text, cut), **EXACT)
+    both = OF_BOTH[name](of="both")
+    torch.testing.assert_close(loss_of(both, given), loss_of(image, given) + loss_of(text, given), **EXACT)
+    equal = {**given, **{f"teacher_{kind}": given[kind] for kind in ("image_embeds", "text_embeds")}}
+    assert loss_of(both, equal).abs() < 1e-12 < loss_of(both, given)
+
+
 @pytest.mark.parametrize("distance", ["smooth_l1", "squared"])
 def test_the_structure_is_unchanged_by_a_rotation(distance: Literal["smooth_l1", "squared"]) -> None:
     torch.manual_seed(0)
@@ -103,6 +326,33 @@ def test_equal_texts_have_a_gradient() -> None:
     texts = embeddings(1, 2, 5).expand(4, 2, 5).clone().requires_grad_()
     with_teacher(Structure(), texts, embeddings(4, 2, 5)).backward()
     assert texts.grad.isfinite().all()
+
+
+def cosines(checkpoint: Path, texts: list[str]) -> torch.Tensor:
+    """Between each two of some texts."""
+    encoder = load_encoder(str(checkpoint))
+    rows = {index: embedding for index, embedding, _ in encoder.iterate_texts(texts)}
+    vectors = torch.stack([rows[index] for index in range(len(texts))])
+    return (vectors @ vectors.t())[torch.ones(len(texts), len(texts)).triu(1) > 0]
+
+
+@pytest.mark.slow
+def test_similarities_of_new_captions_of_scenes_become_those_of_the_teacher(tmp_path: Path) -> None:
+    """The correlation was 0.34 before and 0.49 after 40 steps."""
+    for name, parts in {
+        "teacher": small_model(hidden_size=32, num_hidden_layers=1),
+        "student": small_model(0, hidden_size=32, num_hidden_layers=1, seed=1),
+    }.items():
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    flags = "--lock-text --data scenes --num-scenes 64 --batch-size 16 --max-steps 40 --num-workers 0 --no-cache "
+    flags += "--learning-rate 1e-2 --trackers none --terms similarities --term-options similarities.temperature=0.1"
+    paths = {"--model": tmp_path / "student", "--teacher": tmp_path / "teacher", "--output": tmp_path / "run"}
+    assert lotlip(["train", *flags.split(), *(word for pair in paths.items() for word in map(str, pair))]) == 0
+    texts = list(dict.fromkeys(short_caption(scene(10_000 + number)) for number in range(64)))
+    checkpoints = (tmp_path / "teacher", tmp_path / "student", list_checkpoints(tmp_path / "run")[-1])
+    _, before, after = torch.corrcoef(torch.stack([cosines(each, texts) for each in checkpoints]))[0].tolist()
+    assert after > before + 0.1
 
 
 # Options
@@ -124,12 +374,20 @@ def test_terms_have_weights_options_and_the_models_defaults(monkeypatch: pytest.
     assert torch.equal(torch.get_rng_state(), state)
     guess, components = objective.terms.values()
     assert objective.weights == {"guess": 0.5, "primary_components": 1.0}
-    assert objective.needs == {"image_embeds", "text_embeds", "corner_embeds", "tags"}
+    assert objective.needs == {"image_embeds", "text_embeds", "corner_embeds", "labels"}
     assert type(components) is PrimaryComponents
     assert (components.num_components, components.short_loss_weight) == (32, 0.25)
     assert guess.power == 4
     assert guess.map.weight.shape == (24, 24)
     assert torch.equal(guess.map.weight, chosen(*words.split()).terms["guess"].map.weight)  # by the seed
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_with_weight_0_is_left_out(name: str) -> None:
+    others = [other for other in ("infonce", "sigmoid") if other != name]
+    objective, plain = chosen("--terms", *others, f"{name}:0"), chosen("--terms", *others)
+    assert objective.terms.keys() == plain.terms.keys()
+    assert (objective.weights, objective.needs) == (plain.weights, plain.needs)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +413,14 @@ def test_terms_have_weights_options_and_the_models_defaults(monkeypatch: pytest.
             ["--terms", "structure", "--teacher", "clip", "--term-options", "structure.distance=cubed"],
             ["`term_options", "structure.distance", "smooth_l1"],
         ),
+        (["--terms", "tags"], ["`term_options`", "tags", "`vocabulary`"]),
+        (["--terms", "similarities"], ["similarities", "`teacher`"]),
+        (["--terms", "hard_negatives", "--term-options", "hard_negatives.number=0"], ["`number`"]),
+        (
+            ["--terms", "hard_negatives", "--term-options", "hard_negatives.directions=up"],
+            ["directions", "image, text"],
+        ),
+        (["--terms", "soft_labels", "--term-options", "soft_labels.share=1"], ["`share`"]),
         (["--loss", "infonce"], ["--loss", "--terms sigmoid", "infonce"]),
         (["--num-primary-components", "32"], ["--terms primary_components"]),
     ],

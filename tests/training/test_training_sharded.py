@@ -92,9 +92,9 @@ NOT_SUPPORTED = {
 def run(checkpoint: Path, output: Path, options: dict[str, Any]) -> None:
     """A run without dropout, so that it does not depend on how many processes share it."""
     is_taught = "instance" in options.get("terms", ())
+    options = {"teacher": str(checkpoint), **options} if is_taught else options
     config = TrainingConfig(
         model=str(checkpoint),
-        teacher=str(checkpoint) if is_taught else None,
         output=str(output),
         cache=str(output.parent / "states"),
         batch_size=BATCH_SIZE // world_size(),
@@ -242,6 +242,9 @@ def sharded(checkpoint: str, folder: str) -> dict[str, Any]:
                 run(source, output / str(number), {})
         with pytest.raises(ValueError, match="ema_decay"):
             run(source, output / "averaged", {"ema_decay": 0.9})
+        for teacher in ("self", "ema"):
+            with pytest.raises(ValueError, match="teacher"):
+                run(source, output / teacher, {**RUNS["taught"], "teacher": teacher})
         with pytest.raises(ValueError, match="text_dtype"):
             run(source, output / "mixed", {"lock_text": True, "text_dtype": "bfloat16"})
     return answers

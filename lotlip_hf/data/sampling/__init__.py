@@ -9,7 +9,12 @@ different records, the number of processes does not change the texts.
 
 from typing import Any
 
+from .mixed import Mixed
 from .sub_captions import SubCaptions
 from .whole_captions import WholeCaptions
 
-STRATEGIES: dict[str, type[Any]] = {"sub_captions": SubCaptions, "whole_captions": WholeCaptions}
+STRATEGIES: dict[str, type[Any]] = {
+    "sub_captions": SubCaptions,
+    "mixed": Mixed,
+    "whole_captions": WholeCaptions,
+}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PROMPT = "Describe the image in detail."
+PLACEHOLDER = re.compile(r"\{captions?\}")
+# The field of a record that the answers of a role go to
+ROLES = {"long": "long_captions", "rewrite": "rewrites", "negative": "negatives", "tags": "tags"}
 # Generation options of a captioner; `retry` may change them for further attempts.
 SETTINGS = ("max_new_tokens", "min_new_tokens", "num_beams", "temperature", "top_p", "repetition_penalty")
 # Fields of a request, by OpenAI's names
@@ -29,6 +33,16 @@ def without_secrets(address: str) -> str:
     if not mark:
         scheme, rest = "", address
     return printable(f"{scheme}{mark}{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}")
+
+
+def fill(prompt: str, texts: Mapping[str, str]) -> str:
+    """Replaces `{caption}` and `{captions}` in a prompt by texts, in which braces have no meaning."""
+    return PLACEHOLDER.sub(lambda found: texts[found[0]], prompt)
+
+
+def filled_with(prompt: str, text: str) -> str:
+    """Returns a prompt with the same text for each placeholder."""
+    return PLACEHOLDER.sub(lambda _: text, prompt)
 
 
 def published_name(model: str) -> str:
@@ -57,7 +71,20 @@ class CaptionerConfig:
 
     model: str = option("Checkpoint folder or Hub id; with --endpoint, the name that it uses", group="Captioners")
     revision: str | None = option("Revision of the model on the Hub (default: main)", None)
-    prompt: str = option("Prompt of each image; empty for models without a prompt", PROMPT, metavar="TEXT")
+    prompt: str = option(
+        "Prompt of each image; empty for models without a prompt. With --input text or both, {caption} stands for the "
+        "raw caption, and {captions} for the long captions of the data and of the captioners before, one a line",
+        PROMPT,
+        metavar="TEXT",
+    )
+    input: Literal["image", "text", "both"] = option(
+        "What the model reads: the image (and the prompt), texts of the record in the prompt, or both",
+        "image",
+    )
+    role: Literal["long", "rewrite", "negative", "tags"] = option(
+        "Field of the answers: long_captions, rewrites, negatives or tags. All but long may be lists, one a line",
+        "long",
+    )
     batch_size: int = option("Images per batch; not for endpoints", 8, at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "Type of the weights; auto keeps the checkpoint's", "bfloat16"
@@ -103,6 +130,13 @@ class CaptionerConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if (self.input == "image") == bool(PLACEHOLDER.search(self.prompt)):
+            raise ValueError(
+                "`prompt` must contain {caption} or {captions} if `input` is text or both, and must not if `input` is "
+                f"image. `input` is {self.input}."
+            )
+        if self.role in ("negative", "tags") and self.prompt == PROMPT:
+            raise ValueError(f"`prompt` must ask for an answer with the `role` {self.role}.")
         if unknown := sorted(self.retry.keys() - set(SETTINGS)):
             raise ValueError(f"`retry` has the unknown option {unknown[0]!r}. Use {', '.join(SETTINGS)}.")
         for name, sent in self.request_fields.items():
@@ -119,6 +153,11 @@ class CaptionerConfig:
         """Returns the options of `SETTINGS` for the first attempt (0) or a further attempt."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         return {**settings, **self.retry} if attempt else settings
+
+    @property
+    def test_prompt(self) -> str:
+        """A prompt like those of the run, with a text of no importance."""
+        return filled_with(self.prompt, "A grey picture.")
 
     def published_settings(self, attempt: int = 0) -> str:
         """Returns the published settings as JSON: [`settings`] without omitted fields, and `extra_body`."""
@@ -163,15 +202,22 @@ class Captioner(Protocol):
         ...
 
     def answer(
-        self, images: "Sequence[Image.Image]", settings: Mapping[str, Any], seeds: Sequence[int]
+        self,
+        images: "Sequence[Image.Image | None]",
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
+        prompts: Sequence[str] | None = None,
     ) -> list[Answer]:
         """
         Describes images. The answers depend only on the arguments, not on earlier calls.
 
         Args:
-            images (`Sequence[Image.Image]`): At most `group_size` RGB images.
+            images (`Sequence[Image.Image | None]`): At most `group_size` RGB images; `None` for each if
+                `config.input` is `"text"`.
             settings (`Mapping[str, Any]`): Settings from `CaptionerConfig.settings`.
             seeds (`Sequence[int]`): Seed of each image, from 0 to 2^31 - 1, for settings that draw tokens.
+            prompts (`Sequence[str]`, *optional*): Prompt of each image. Defaults to `config.prompt`; `relabel` passes
+                prompts only if `config.input` is not `"image"`.
 
         Returns:
             `list[Answer]`: The answer for each image.

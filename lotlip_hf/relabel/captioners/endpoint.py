@@ -163,14 +163,21 @@ class EndpointCaptioner:
         threading.Thread(target=lambda: (self._loop.run_forever(), self._loop.close()), daemon=True).start()
         self._lock, self._is_closed = threading.Lock(), False
 
-    def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
+    def answer(
+        self,
+        images: Sequence[Image.Image | None],
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
+        prompts: Sequence[str] | None = None,
+    ) -> list[Answer]:
         """
-        Describes images with one request each; see [`Captioner`]. Seeds are sent only if tokens are drawn.
+        Sends one request for each image or text; see [`Captioner`]. Seeds are sent only if tokens are drawn.
 
         Raises:
             `EndpointError`: If the endpoint does not answer, or `close` was called.
         """
-        return [self._caption(image, settings, seed) for image, seed in zip(images, seeds, strict=True)]
+        asked = zip(images, prompts or [self.config.prompt] * len(images), seeds, strict=True)
+        return [self._caption(image, prompt, settings, seed) for image, prompt, seed in asked]
 
     def close(self) -> None:
         """Cancels all requests. Threads that wait in `answer` raise an [`EndpointError`]."""
@@ -188,24 +195,24 @@ class EndpointCaptioner:
         await self._client.close()
         self._loop.stop()
 
-    def _caption(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
+    def _caption(self, image: Image.Image | None, prompt: str, settings: Mapping[str, Any], seed: int) -> Answer:
         try:
-            url = _data_url(image, self.config.max_image_size)
+            url = None if image is None else _data_url(image, self.config.max_image_size)
         except (OSError, ValueError) as error:  # no pixels, or a side of more than 65,535 pixels
             return Answer("", error=f"cannot be saved as JPEG: {error}")
         try:
             with self._lock:
                 if self._is_closed:
                     raise CancelledError
-                future = asyncio.run_coroutine_threadsafe(self._describe(url, settings, seed), self._loop)
+                future = asyncio.run_coroutine_threadsafe(self._describe(url, prompt, settings, seed), self._loop)
             return future.result()
         except CancelledError:
             raise EndpointError(f"The requests to the endpoint {self._name} were stopped.") from None
 
-    async def _describe(self, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
-        """Returns the answer. After a failure, finds out whether the image or the endpoint is the cause."""
+    async def _describe(self, url: str | None, prompt: str, settings: Mapping[str, Any], seed: int) -> Answer:
+        """Returns the answer. After a failure, finds out whether the record or the endpoint is the cause."""
         try:
-            return await self._ask(self._client, url, settings, seed)
+            return await self._ask(self._client, url, prompt, settings, seed)
         except _Failure as failure:
             cause = failure
         if blamed := await self._probe(settings) if cause.may_be_image else cause:
@@ -219,18 +226,20 @@ class EndpointCaptioner:
 
     async def _probe(self, settings: Mapping[str, Any]) -> _Failure | None:
         client = self._client.with_options(max_retries=PROBE_RETRIES)
+        url = None if self.config.input == "text" else _data_url(Image.new("RGB", (224, 224), "grey"), 224)
         try:
-            await self._ask(client, _data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0)
+            await self._ask(client, url, self.config.test_prompt, settings, 0)
         except _Failure as failure:
             return failure
         return None
 
-    async def _ask(self, client: Any, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
+    async def _ask(self, client: Any, url: str | None, prompt: str, settings: Mapping[str, Any], seed: int) -> Answer:
         from openai import APIConnectionError, APIStatusError
 
-        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
-        if self.config.prompt:
-            content.append({"type": "text", "text": self.config.prompt})
+        content: Any = prompt  # as a text, because some servers of language models do not accept parts
+        if url is not None:
+            content = [{"type": "image_url", "image_url": {"url": url}}]
+            content += [{"type": "text", "text": prompt}] if prompt else []
         draws, penalty = settings["temperature"] > 0, settings["repetition_penalty"]
         fields = {
             "max_tokens": settings["max_new_tokens"],

@@ -1,5 +1,6 @@
 """
-Captions by local models of transformers: all models of `AutoModelForImageTextToText`, each with its processor.
+Captions by local models of transformers: all models of `AutoModelForImageTextToText`, each with its processor, and
+for texts without images also those of `AutoModelForCausalLM`.
 
 The prompt is passed through the chat template of the processor, or as text next to the images. The answer is the part
 of `generate`'s output after the prompt. The generation settings of the checkpoint are ignored, so that the published
@@ -20,6 +21,7 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
@@ -28,6 +30,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from ...files import one_line
@@ -83,21 +86,30 @@ class LocalCaptioner:
         self.config = config
         self.group_size = config.batch_size
         self.model, self.revision = _load_model(config, device)
-        self._processor, self._tokenizer = _load_processor(config.model, self.revision)
+        self._processor, self._tokenizer = _load_processor(config, self.revision)
         self._generator = _generator(self.model)
         self._end_tokens = self._set_tokens()
         self._check_prompt()
 
-    def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
+    def answer(
+        self,
+        images: Sequence[Image.Image | None],
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
+        prompts: Sequence[str] | None = None,
+    ) -> list[Answer]:
         """
-        Describes images in one batch; see [`Captioner`]. Drawn tokens of an image depend on the seeds of all images.
+        Answers one batch; see [`Captioner`]. Drawn tokens of an image depend on the seeds of all images.
 
         Raises:
-            `ArithmeticError`, `LookupError`, `TypeError`, `ValueError`: If the processor does not accept an image, or
-                the model does not generate token by token.
+            `ArithmeticError`, `LookupError`, `TypeError`, `ValueError`: If the processor does not accept an image, a
+                prompt is too long, or the model does not generate token by token.
             `torch.OutOfMemoryError`: If the images do not fit in memory.
         """
-        return self._generate(self._inputs(images), settings, seeds)
+        inputs = self._inputs(images, prompts or [self.config.prompt] * len(images))
+        if prompts is not None:
+            self._check_length(inputs, int(settings["max_new_tokens"]))
+        return self._generate(inputs, settings, seeds)
 
     def close(self) -> None:
         """Frees the memory of the model."""
@@ -106,24 +118,23 @@ class LocalCaptioner:
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
 
-    def _inputs(self, images: Sequence[Image.Image]) -> BatchFeature:
+    def _inputs(self, images: Sequence[Image.Image | None], prompts: Sequence[str]) -> BatchFeature:
         """Returns the inputs of the model's `generate`, on its device."""
-        prompt = self.config.prompt
         if getattr(self._processor, "chat_template", None):
-            question = [{"type": "text", "text": prompt}] if prompt else []
-            chats = [[{"role": "user", "content": [{"type": "image", "image": image}, *question]}] for image in images]
+            is_text_model = self._processor is self._tokenizer
+            contents = prompts if is_text_model else map(_parts, images, prompts)
             inputs = self._processor.apply_chat_template(
-                chats,
+                [[{"role": "user", "content": content}] for content in contents],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True},
+                **({"padding": True} if is_text_model else {"processor_kwargs": {"padding": True}}),
             )
-        elif prompt or hasattr(self._processor, "qformer_tokenizer"):  # InstructBLIP needs a text, even an empty one
-            inputs = self._processor(
-                images=list(images), text=[prompt] * len(images), padding=True, return_tensors="pt"
-            )
+        elif self.config.input == "text":
+            inputs = self._without_end(self._tokenizer(list(prompts), padding=True, return_tensors="pt"))
+        elif any(prompts) or hasattr(self._processor, "qformer_tokenizer"):  # InstructBLIP needs a text, even ""
+            inputs = self._processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt")
             inputs = self._without_end(inputs)
         else:
             inputs = self._processor(images=list(images), return_tensors="pt")
@@ -197,9 +208,9 @@ class LocalCaptioner:
 
     def _check_prompt(self) -> None:
         """Checks with a blank image that the model accepts the prompt and has enough positions for the answer."""
-        name, prompt = self.config.model, self.config.prompt
+        name, prompt, reads_text = self.config.model, self.config.test_prompt, self.config.input == "text"
         try:
-            inputs = self._inputs([Image.new("RGB", (224, 224))])
+            inputs = self._inputs([None if reads_text else Image.new("RGB", (224, 224))], [prompt])
         except IMAGE_ERRORS as error:
             raise ValueError(
                 f"{name}: {type(self._processor).__name__} does not accept an image with the prompt {prompt!r} "
@@ -208,20 +219,23 @@ class LocalCaptioner:
             ) from error
         if prompt and not {"input_ids", "decoder_input_ids"} & inputs.keys():
             raise ValueError(f"{name}: {type(self.model).__name__} has no prompt. Set an empty `prompt`.")
-        image_token = getattr(self.model.config, "image_token_id", None)
+        image_token = None if reads_text else getattr(self.model.config, "image_token_id", None)
         if "input_ids" in inputs and image_token is not None and not (inputs["input_ids"] == image_token).any():
             raise ValueError(
                 f"{name}: {type(self._processor).__name__} does not add an image token, and the prompt {prompt!r} has "
                 f"none. Add {self._tokenizer.convert_ids_to_tokens(image_token)!r} to `prompt`."
             )
+        self._check_length(inputs, max(int(self.config.settings(attempt)["max_new_tokens"]) for attempt in (0, 1)))
+
+    def _check_length(self, inputs: Mapping[str, Any], new: int) -> None:
+        """Checks that the model has enough positions for prompt and answer."""
         read = "decoder_input_ids" if self._generator.config.is_encoder_decoder else "input_ids"
         length = inputs[read].shape[1] if read in inputs else 1
         positions = getattr(self._generator.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        new = max(int(self.config.settings(attempt)["max_new_tokens"]) for attempt in (0, 1))
         # The last new token needs no position.
         if positions and length + new - 1 > positions:
             raise ValueError(
-                f"{name} has {positions} positions, and image and prompt need {length}. Set at most "
+                f"{self.config.model} has {positions} positions, and image and prompt need {length}. Set at most "
                 f"{max(0, positions - length + 1)} for `max_new_tokens`, got {new}."
             )
 
@@ -237,7 +251,13 @@ def check_model(config: CaptionerConfig) -> None:
         `ValueError`: If the model does not describe images or has no processor.
         `OSError`: If the checkpoint does not exist.
     """
-    _load_processor(config.model, _load_config(config)[-1])
+    _load_processor(config, _load_config(config)[-1])
+
+
+def _parts(image: Image.Image | None, prompt: str) -> list[dict[str, Any]]:
+    """Returns the content of a message for processors: the image, if there is one, and the prompt."""
+    parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
+    return [*parts, {"type": "text", "text": prompt}] if prompt else parts
 
 
 class _PromptLength(LogitsProcessor):
@@ -269,7 +289,7 @@ def _load_config(config: CaptionerConfig) -> tuple[PreTrainedConfig, Any, str | 
         model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     # Pins the commit, so that weights and processor match if a new commit is pushed meanwhile.
     revision = None if os.path.isdir(name) else cached_commit(name, revision) or revision
-    return model_config, _model_class(name, model_config), revision
+    return model_config, _model_class(name, model_config, config.input == "text"), revision
 
 
 def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> tuple[Any, str | None]:
@@ -289,9 +309,11 @@ def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> t
     return model if config.device_map else model.to(device), revision
 
 
-def _model_class(name: str, config: PreTrainedConfig) -> Any:
-    """Returns the class of a model that describes images; raises a `ValueError` for other models."""
+def _model_class(name: str, config: PreTrainedConfig, reads_text: bool = False) -> Any:
+    """Returns the class of a model that reads what the captioner reads; raises a `ValueError` for other models."""
     model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    if model_class is None and reads_text:
+        model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:  # some models are not in the mapping (Phi-4-multimodal); their config names the class
         model_class = getattr(transformers, (config.architectures or [""])[0], None)
         takes_images = "image" in getattr(model_class, "input_modalities", ())
@@ -303,12 +325,18 @@ def _model_class(name: str, config: PreTrainedConfig) -> Any:
     return model_class
 
 
-def _load_processor(name: str, revision: str | None) -> tuple[Any, Any]:
-    """Loads the processor and its tokenizer. Models without a processor (ViT with GPT-2) use the image processor."""
+def _load_processor(config: CaptionerConfig, revision: str | None) -> tuple[Any, Any]:
+    """
+    Loads the processor and its tokenizer. Models without a processor (ViT with GPT-2) use the image processor, and
+    language models the tokenizer.
+    """
+    name = config.model
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
             return processor, processor.tokenizer
+        if config.input == "text" and isinstance(processor, PreTrainedTokenizerBase):
+            return processor, processor
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         return image_processor, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers and image processors raise exceptions of different types

@@ -8,18 +8,30 @@ from torch import nn
 
 from ... import options
 from ...modeling.configuration_lotlip import LoTLIPConfig
+from .cosine import Cosine
+from .hard_negatives import HardNegatives
 from .infonce import InfoNCE
 from .instance import Instance
+from .negatives import Negatives
 from .primary_components import PrimaryComponents
 from .sigmoid import Sigmoid
+from .similarities import Similarities
+from .soft_labels import SoftLabels
 from .structure import Structure
+from .tags import Tags
 
 TERMS: dict[str, type[nn.Module]] = {
     "infonce": InfoNCE,
     "sigmoid": Sigmoid,
     "primary_components": PrimaryComponents,
+    "soft_labels": SoftLabels,
+    "hard_negatives": HardNegatives,
+    "negatives": Negatives,
+    "tags": Tags,
     "instance": Instance,
     "structure": Structure,
+    "similarities": Similarities,
+    "cosine": Cosine,
 }
 # Options of terms that default to the field with the same name in the model's configuration.
 MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")

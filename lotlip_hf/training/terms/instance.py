@@ -1,22 +1,30 @@
-"""The instance term of ProCLIP: texts are near the teacher's embeddings of the same texts."""
+"""The instance term of ProCLIP: embeddings are near the teacher's embeddings of the same texts or images."""
 
 import torch
 from torch import nn
 
 from ...distributed import world_size
+from .taught import Of, compared, needs_of
 from .views import Views
 
 
 class Instance(nn.Module):
     """
-    The instance term of ProCLIP (https://arxiv.org/abs/2510.18795), stage 1: the squared distances of the texts from
-    the teacher's embeddings, summed over the texts of a sample and averaged over the samples of all processes.
+    The instance term of ProCLIP (https://arxiv.org/abs/2510.18795): the squared distances from the teacher's
+    embeddings, summed over the texts of a sample and averaged over the samples of all processes.
 
     ProCLIP sums over the samples of a process instead, so its term is the batch size of a process times this term.
+
+    Args:
+        of (`str`, *optional*, defaults to `"text"`): `"text"` as in stage 1 of ProCLIP, `"image"` as in stage 2, or
+            `"both"`, the sum of these.
     """
 
-    needs = frozenset({"text_embeds", "teacher_text_embeds"})
+    def __init__(self, of: Of = "text") -> None:
+        super().__init__()
+        self.of: Of = of
+        self.needs = needs_of(of)
 
     def forward(self, views: Views) -> torch.Tensor:
-        distances = (views["text_embeds"] - views["teacher_text_embeds"]).square().sum()
-        return distances * world_size() / views.num_samples
+        distances = [(student - teacher).square().sum() for student, teacher in compared(views, self.of)]
+        return torch.stack(distances).sum() * world_size() / views.num_samples

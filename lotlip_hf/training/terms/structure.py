@@ -1,4 +1,4 @@
-"""The structure term of ProCLIP: texts have the same distances from each other as the teacher's embeddings."""
+"""The structure term of ProCLIP: embeddings have the same distances from each other as the teacher's."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...distributed import world_size
+from .taught import Of, compared, needs_of
 from .views import Views
 
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "squared": F.mse_loss}
@@ -14,9 +15,9 @@ LOSSES = {"smooth_l1": F.smooth_l1_loss, "squared": F.mse_loss}
 
 class Structure(nn.Module):
     """
-    The structure term of ProCLIP (https://arxiv.org/abs/2510.18795), stage 1: the differences between the distances of
-    two short texts and the distances of the teacher's embeddings, summed over all pairs and divided by the number of
-    samples.
+    The structure term of ProCLIP (https://arxiv.org/abs/2510.18795): the differences between the distances of two
+    short texts, or two images, and the distances of the teacher's embeddings, summed over all pairs and divided by the
+    number of samples.
 
     The pairs are those of all processes, so the term does not depend on the number of processes. ProCLIP sums over the
     pairs of a process instead. In one process, its term is the batch size times this term.
@@ -24,21 +25,23 @@ class Structure(nn.Module):
     Args:
         distance (`str`, *optional*, defaults to `"smooth_l1"`): Function of a difference: `"smooth_l1"` as in the code
             of ProCLIP, or `"squared"` as in its paper.
+        of (`str`, *optional*, defaults to `"text"`): `"text"` as in stage 1 of ProCLIP, `"image"` as in stage 2, or
+            `"both"`, the sum of these.
     """
 
-    needs = frozenset({"text_embeds", "teacher_text_embeds"})
-
-    def __init__(self, distance: Literal["smooth_l1", "squared"] = "smooth_l1") -> None:
+    def __init__(self, distance: Literal["smooth_l1", "squared"] = "smooth_l1", of: Of = "text") -> None:
         super().__init__()
         self.loss = LOSSES[distance]
+        self.of: Of = of
+        self.needs = needs_of(of)
 
     def forward(self, views: Views) -> torch.Tensor:
-        student, teacher = (
-            distances(views[name][:, 0], views.all(name)[:, 0]) for name in ("text_embeds", "teacher_text_embeds")
-        )
-        # Each process compares its texts with all texts, so every pair occurs twice.
-        pairs = self.loss(student, teacher, reduction="sum") / 2
-        return pairs * world_size() / views.num_samples
+        sums = []
+        for own, every in zip(compared(views, self.of), compared(views, self.of, gathered=True), strict=True):
+            student, teacher = (distances(rows[:, 0], columns[:, 0]) for rows, columns in zip(own, every, strict=True))
+            # Each process compares its embeddings with all embeddings, so every pair occurs twice.
+            sums.append(self.loss(student, teacher, reduction="sum") / 2)
+        return torch.stack(sums).sum() * world_size() / views.num_samples
 
 
 def distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

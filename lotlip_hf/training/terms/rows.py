@@ -1,0 +1,38 @@
+"""Sums over whole rows of similarities, in the memory of a few rows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from . import pairs
+
+
+def sum_of_rows(
+    function: Callable[..., torch.Tensor], rows: Sequence[torch.Tensor], columns: Sequence[torch.Tensor], first: int
+) -> torch.Tensor:
+    """
+    Sums a function of the rows of similarities. The backward pass computes the similarities again, block by block.
+
+    Args:
+        function (`Callable`): Function of blocks of similarities [r, N], one for each pair of `rows` and `columns`,
+            and of a mask [r, N] of the column that belongs to each row. It returns the sum of its rows.
+        rows (`Sequence[torch.Tensor]`): Tensors [b, dim] of this process.
+        columns (`Sequence[torch.Tensor]`): Tensors [N, dim] of all processes.
+        first (`int`): Number of the column that belongs to the first row.
+    """
+    size = max(1, pairs.TILE_SIZE**2 // len(columns[0]))
+
+    def of_block(start: int, *block: torch.Tensor) -> torch.Tensor:
+        similarities = [one @ other.t() for one, other in zip(block, columns, strict=True)]
+        num_rows, num_columns = similarities[0].shape
+        numbers = torch.arange(start, start + num_rows, device=similarities[0].device)
+        own = numbers.unsqueeze(1) == torch.arange(num_columns, device=numbers.device)
+        return function(*similarities, own)
+
+    blocks = zip(*(each.split(size) for each in rows), strict=True)
+    sums = [
+        checkpoint(of_block, first + size * number, *block, use_reentrant=False, preserve_rng_state=False)
+        for number, block in enumerate(blocks)
+    ]
+    return torch.stack(sums).sum()

@@ -1,0 +1,179 @@
+"""Roles of captions: the short text that `mixed` draws, and the negatives and tags of a batch."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lotlip_hf import LoTLIPProcessor
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.data.record import RecordError, record_rng
+from lotlip_hf.data.records import MissingColumn, load_records
+from lotlip_hf.data.sampling import Mixed, SubCaptions
+from lotlip_hf.scenes.dataset import scenes_dataset
+from lotlip_hf.training.config import parse_arguments
+
+LONG = ["A cat sleeps. It is grey. It dreams. It purrs."]
+
+
+def record(number: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"id": f"r{number}", "short_caption": "raw caption", "long_captions": LONG, **fields}
+
+
+def short_texts(number: int, seed: int = 3, epoch: int = 0, options: Any = None, **fields: Any) -> list[str]:
+    records: list[Any] = [record(index, **fields) for index in range(number)]
+    texts = Mixed(**(options or {}))(records, [record_rng(seed, epoch, one["id"]) for one in records])
+    return [each.short for each in texts]
+
+
+# Five captions, each with a probability of a fifth, are LaCLIP's; a half is VeCLIP's.
+@pytest.mark.parametrize(("number", "probability"), [(4, 0.2), (1, 0.5), (2, 0.0), (2, 1.0)])
+def test_shares_of_draws(number: int, probability: float) -> None:
+    rewrites = [f"rewrite number {index}" for index in range(number)]
+    drawn = Counter(short_texts(10_000, rewrites=rewrites, options={"short_probability": probability}))
+    assert set(drawn) <= {"raw caption", *rewrites}
+    assert drawn["raw caption"] / 10_000 == pytest.approx(probability, abs=0.015)
+    for rewrite in rewrites:
+        assert drawn[rewrite] / 10_000 == pytest.approx((1 - probability) / number, abs=0.015)
+
+
+def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
+    fields = {"rewrites": ["a cat", "the cat", "one cat"]}
+    first = short_texts(50, **fields)
+    assert short_texts(60, **fields)[:50] == first
+    assert first != short_texts(50, seed=4, **fields)
+    assert first != short_texts(50, epoch=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rewrites": ["cat", " cat "]}, {"raw caption"}),  # fewer than two words
+        ({"rewrites": ["cat", "a cat"]}, {"raw caption", "a cat"}),
+        ({}, {"It is grey", "A cat sleeps", "It dreams", "It purrs"}),
+        ({"long_captions": ["Sleeping. Purring."]}, {"raw caption"}),
+        ({"long_captions": [""]}, {"raw caption"}),
+        ({"long_captions": []}, {"raw caption"}),
+    ],
+)
+def test_what_a_short_text_is_drawn_from(fields: dict[str, Any], expected: set[str]) -> None:
+    for number in (0, 2):
+        options = {"short_probability": 0.0, "num_sentences": 1, "num_long_texts": number}
+        assert set(short_texts(300, options=options, **fields)) == expected
+
+
+def test_long_texts_are_those_of_sub_captions() -> None:
+    records: list[Any] = [record(index, rewrites=["a cat"]) for index in range(20)]
+    mixed, plain = (
+        strategy(2, 1, sentence_order="shuffled")(records, [record_rng(0, 0, one["id"]) for one in records])
+        for strategy in (Mixed, SubCaptions)
+    )
+    assert [each.long for each in mixed] == [each.long for each in plain]
+    assert {each.short for each in mixed} == {"raw caption", "a cat"}
+
+
+def test_options_of_mixed(tmp_path: Path) -> None:
+    flags = "--data rows.jsonl --captions mixed --short-probability 0.2 --num-long-texts 0".split()
+    config = parse_arguments(flags)
+    assert config.draw() == Mixed(num_long_texts=0, short_probability=0.2)
+    for argv in (["--short-probability", "0.2"], [*flags, "--short-probability", "1.5"], ["--num-negatives", "0"]):
+        with pytest.raises(ValueError, match=r"short.probability|num.negatives"):
+            parse_arguments(argv)
+    # The short text may come from a long caption, but the data need not have any.
+    path = tmp_path / "rows.jsonl"
+    for column, long in (("long_captions", ["A long one."]), ("other", [])):
+        path.write_text(f'{{"image": "a.png", "short_caption": "a", "{column}": ["A long one."]}}\n')
+        assert load_records(path, config.column_mapping())[0]["long_captions"] == long
+    path.write_text('{"image": "a.png"}\n')
+    with pytest.raises(MissingColumn):
+        load_records(path, config.column_mapping())
+
+
+# Negatives and tags
+
+
+def pictured(processor: LoTLIPProcessor, **fields: list[Any]) -> list[dict[str, Any]]:
+    names = ("image", "short_caption", "long_captions", "id")
+    records = [{name: row[name] for name in names} for row in scenes_dataset(4, image_size=32)]
+    return [{**one, **{name: values[index] for name, values in fields.items()}} for index, one in enumerate(records)]
+
+
+NEGATIVES = [["a dog", "two dogs", "no dog"], ["a dog"], None, ["", " ", None]]
+
+
+@pytest.mark.parametrize("num_long_texts", [0, 2])
+def test_negatives_ride_behind_the_long_texts(num_long_texts: int, processor: LoTLIPProcessor) -> None:
+    records = pictured(processor, negatives=NEGATIVES)
+    draw = SubCaptions(num_long_texts)
+    seen = set()
+    for epoch in range(12):
+        collators = [LoTLIPCollator(processor, draw, num_negatives=2, frozen=frozen) for frozen in ((), ("text",))]
+        for collator in collators:
+            collator.set_epoch(epoch)
+        batch, frozen = (collator(records) for collator in collators)
+        assert batch["negative_mask"].tolist() == [[True, True], [True, False], [False, False], [False, False]]
+        assert torch.equal(batch["negative_mask"], frozen["negative_mask"])
+        texts = frozen["texts"]
+        own = [row[1 + num_long_texts :] for row in texts]
+        assert len(set(own[0])) == 2
+        assert set(own[0]) <= set(NEGATIVES[0])
+        assert own[1:] == [
+            ["a dog", records[1]["short_caption"]],
+            *([one["short_caption"]] * 2 for one in records[2:]),
+        ]
+        seen |= set(own[0])
+        long = processor(text=[row[1:] for row in texts], return_tensors="pt")
+        assert torch.equal(batch["long_input_ids"], long["input_ids"])
+        assert torch.equal(batch["long_attention_mask"], long["attention_mask"])
+        # The other texts and the patches are those of a step without negatives.
+        plain = LoTLIPCollator(processor, draw, return_texts=True, patch_dropout=0.5, patch_size=8)
+        plain.set_epoch(epoch)
+        assert [row[: 1 + num_long_texts] for row in texts] == plain(records)["texts"]
+        plain.num_negatives = 2
+        both = plain(records)
+        plain.num_negatives = 0
+        assert torch.equal(both["kept_patches"], plain(records)["kept_patches"])
+    assert seen == set(NEGATIVES[0])
+
+
+def test_tags_are_digests(processor: LoTLIPProcessor) -> None:
+    records = pictured(processor, tags=[["Red  star", "blue circle"], ["red star", "a", "b"], [], None])
+    tags = LoTLIPCollator(processor, return_tags=True)(records)["tags"]
+    assert tags.dtype == torch.int64
+    assert tags.shape == (4, 3)
+    assert (tags == 0).sum(1).tolist() == [1, 0, 3, 3]
+    assert tags[0, 0] == tags[1, 0] != tags[0, 1]
+    assert LoTLIPCollator(processor, return_tags=True)(records[2:])["tags"].tolist() == [[0], [0]]
+
+
+def test_roles_that_no_term_needs_change_nothing(processor: LoTLIPProcessor) -> None:
+    roles = {"negatives": NEGATIVES, "tags": [["a"]] * 4, "rewrites": [["b c"]] * 4}
+    batch, plain = (LoTLIPCollator(processor, seed=1)(pictured(processor, **fields)) for fields in (roles, {}))
+    assert batch.keys() == plain.keys()
+    assert all(torch.equal(batch[name], plain[name]) for name in batch if name != "return_loss")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"negatives": "a dog"},
+        {"negatives": [1]},
+        {"rewrites": {"a": "b"}},
+        {"tags": [["a"]]},
+        {"regions": [{"box": [0, 0, 2, 1], "text": "a"}]},
+        {"regions": [{"box": [0.5, 0, 0.1, 1], "text": "a"}]},
+        {"group": 3},
+    ],
+    ids=str,
+)
+def test_a_broken_role_is_a_broken_record(fields: dict[str, Any], processor: LoTLIPProcessor) -> None:
+    records = pictured(processor)
+    records[1] |= fields
+    options = {"num_negatives": 1, "return_tags": True}
+    with pytest.raises(RecordError, match=next(iter(fields))):
+        LoTLIPCollator(processor, **options)(records)
+    batch = LoTLIPCollator(processor, on_error="skip", return_ids=True, **options)(records)
+    assert batch["counts"]["broken_records"] == 1
+    assert batch["negative_mask"].shape == (3, 1)
