@@ -1,4 +1,6 @@
-"""Repeats the paper's ablation study with a small model: long captions, corner tokens, sub-captions, token limits.
+"""
+Repeats the paper's ablation study with a small model: long captions, corner tokens, sub-captions, token limits; and
+compares methods of others beside it.
 
 Trains a small model on Scenes for each setting and seed, and measures retrieval over 500 held-out scenes. Each result
 is saved at once in `benchmarks/results/ablation.jsonl`, so an interrupted study resumes with the missing runs.
@@ -14,6 +16,9 @@ Without the corner mask (`mask-off`), all tokens attend to each other. With the 
 depend on the corner tokens, so these can be omitted at inference. Without the mask it depends on them, so `mask-off`
 has corner tokens in every text, short and long, in training and in evaluation. Retrieval uses only the feature of
 [CLS] in all settings.
+
+The group `methods` adds terms, teachers and strategies to `sentences-all`, which has whole captions. "True over false"
+is the share of held-out pictures that are nearer to their caption than to the same caption with one wrong attribute.
 
 Four held-out scenes share each short caption, so R@1 with short captions is at most about 25 %.
 """
@@ -32,14 +37,15 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 
-from lotlip_hf import LoTLIPModel
+from lotlip_hf import Encoder, LoTLIPModel
 from lotlip_hf.files import read_json_lines
 from lotlip_hf.modeling import modeling_lotlip
-from lotlip_hf.scenes.dataset import GROUP_SIZE
+from lotlip_hf.scenes.dataset import GROUP_SIZE, TAGS
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import LOG_NAME, read_log
@@ -72,6 +78,15 @@ BASE: dict[str, Any] = {
 }
 
 
+# The model is held by its own moving average, as in the second stage of ProCLIP.
+AVERAGE = {
+    "terms": ["infonce", "instance"],
+    "term_options": ["instance.of=image"],
+    "teacher": "ema",
+    "teacher_momentum": 0.99,
+}
+
+
 class Setting(NamedTuple):
     """Name of a setting, its label in the plot, and its changes to `BASE`."""
 
@@ -95,11 +110,29 @@ GROUPS: dict[str, list[Setting]] = {
     ],
     "sentences": _numbered("sentences", "num_sentences", {1: "1", 2: "2", 3: "3", 4: "4", 0: "all"}),
     "tokens": _numbered("tokens", "max_text_length", {number: str(number) for number in (32, 64, 128, 192, 256)}),
+    # With whole captions: a negative is one, and must not be known by its length.
+    "methods": [
+        Setting("sentences-all", "whole\ncaptions", {"num_sentences": 0}),
+        *(
+            Setting(name, label, {"num_sentences": 0, **changes})
+            for name, label, changes in (
+                ("negatives", "written\nnegatives", {"terms": ["infonce", "negatives"]}),
+                ("tags", "tags", {"terms": ["infonce", "tags:10"]}),
+                ("hard-negatives", "hard\nnegatives", {"terms": ["infonce", "hard_negatives"]}),
+                ("soft-labels", "soft\nlabels", {"terms": ["soft_labels"]}),
+                ("smoothing", "smoothed\nlabels", {"term_options": ["infonce.label_smoothing=0.1"]}),
+                ("components", "primary\ncomponents", {"terms": ["primary_components"]}),
+                ("mixed", "mixed\ncaptions", {"captions": "mixed"}),
+                ("average", "moving\naverage", AVERAGE),
+            )
+        ),
+    ],
 }
 TITLES = {
     "captions": "Captions and corner tokens",
     "sentences": "Sentences of a sub-caption",
     "tokens": "Token limit",
+    "methods": "Methods of others",
 }
 # Two settings, and how the paper rates the first against the second, with long and with short captions. In the paper,
 # long captions without corner tokens lower the recall of short captions, and corner tokens restore it.
@@ -115,6 +148,7 @@ COMPARISONS = [
     ("tokens-128", "tokens-64", "better", "-"),
     ("tokens-192", "tokens-128", "better", "-"),
     ("tokens-256", "tokens-192", "the same", "-"),
+    *((setting.name, "sentences-all", "-", "-") for setting in GROUPS["methods"][1:]),
 ]
 RECALLS = [f"{length}_{way}_r1" for length in ("long", "short") for way in ("image_to_text", "text_to_image")]
 
@@ -227,6 +261,9 @@ def run(options: Mapping[str, Any]) -> dict[str, float]:
     options = dict(options)
     has_mask = options.pop("corner_mask")
     with tempfile.TemporaryDirectory() as output:
+        if any(term.startswith("tags") for term in options.get("terms", ())):
+            Path(output, "tags.txt").write_text("\n".join(TAGS), encoding="utf-8")
+            options["term_options"] = [f"tags.vocabulary={output}/tags.txt"]
         config = TrainingConfig(**options, output=f"{output}/run", trackers=[], num_workers=0)
         model, processor = load_or_start_model(config)
         records, eval_records = load_data(config)
@@ -237,7 +274,18 @@ def run(options: Mapping[str, Any]) -> dict[str, float]:
     lengths = [len(ids) for ids in processor.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
     cut = statistics.mean(length > processor.tokenizer.model_max_length for length in lengths)
     recalls = {name: value for name, value in evaluation.items() if name not in ("step", "epoch")}
-    return {**recalls, "long_cut": cut}
+    chosen = eval_records.select(range(config.eval_samples))
+    return {**recalls, "long_cut": cut, "true_over_false": true_over_false(Encoder(model, processor), chosen)}
+
+
+def true_over_false(encoder: Encoder, records: Dataset) -> float:
+    """Returns the share of images that are nearer to a caption than to the caption with one wrong attribute."""
+    images = encoder.encode_images(records["image"], progress=False)
+    true, false = (  # the first negative is the first long caption with an attribute exchanged
+        encoder.encode_texts([captions[0] for captions in records[name]], progress=False)
+        for name in ("long_captions", "negatives")
+    )
+    return ((images * true).sum(1) > (images * false).sum(1)).float().mean().item()
 
 
 @contextmanager
@@ -325,12 +373,17 @@ def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None
         if not rows:
             continue
         columns = [name.removesuffix("_r1").replace("_", " ") for name in RECALLS]
-        print(f"\n| {TITLES[group]} | {' | '.join(columns)} | truncated captions | seeds | seconds per run |")
+        last = "true over false" if group == "methods" else "truncated captions"
+        print(f"\n| {TITLES[group]} | {' | '.join(columns)} | {last} | seeds | seconds per run |")
         print("|---|" + "---:|" * (len(columns) + 3))
         for setting in rows:
             runs = list(found[setting.name].values())
             cells = [_mean_and_spread([100 * one["results"][name] for one in runs]) for name in RECALLS]
-            cells += [f"{100 * statistics.mean(one['results']['long_cut'] for one in runs):.0f} %", str(len(runs))]
+            if group == "methods":
+                cells += [_mean_and_spread([100 * one["results"]["true_over_false"] for one in runs])]
+            else:
+                cells += [f"{100 * statistics.mean(one['results']['long_cut'] for one in runs):.0f} %"]
+            cells += [str(len(runs))]
             cells += [f"{statistics.mean(one['seconds'] for one in runs):.0f}"]
             print(f"| {setting.label.replace(chr(10), ' ')} | {' | '.join(cells)} |")
     _print_comparisons(found)

@@ -369,17 +369,16 @@ def _long_caption(scene: Scene, number: int) -> str:
 
 def negatives(scene: Scene) -> list[str]:
     """
-    Returns captions of the scene with one attribute of one object exchanged, so that they are false.
+    Returns the long captions of the scene with one attribute of one object exchanged, so that they are false.
 
     Args:
         scene (`Scene`): The scene.
 
     Returns:
-        `list[str]`: The short caption with another colour, with another shape and, unless the large object is hollow,
-        with another pattern, and each long caption with another colour, shape or pattern of one object.
+        `list[str]`: Each long caption with another colour, shape or pattern of one object.
     """
     random = Random(f"{scene.id} negatives")
-    texts = [short_caption(_exchanged(scene, 0, name, random)) for name in _attributes(scene.objects[0])]
+    texts = []
     for number in range(NUM_CAPTIONS):
         index = random.randrange(len(scene.objects))
         name = random.choice(_attributes(scene.objects[index]))

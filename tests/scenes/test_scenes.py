@@ -175,11 +175,7 @@ def phrases(caption: str) -> list[dict[str, object]]:
 def test_a_negative_is_its_caption_with_one_attribute_exchanged_and_false() -> None:
     exchanged: Counter[str] = Counter()
     for one in some_scenes():
-        short = [text for text in negatives(one) if not text.endswith(".")]
-        long = [text for text in negatives(one) if text.endswith(".")]
-        for caption, negative in zip(
-            [short_caption(one)] * len(short) + long_captions(one), short + long, strict=True
-        ):
+        for caption, negative in zip(long_captions(one), negatives(one), strict=True):
             before, after = phrases(caption), phrases(negative)
             changes = [
                 (index, name)
@@ -300,7 +296,7 @@ def test_scenes_are_repeatable() -> None:
     assert crc32(words.encode()) == 831383010
     assert crc32(b"".join(render(one).tobytes() for one in first)) == 1269905090
     roles = [texts(one) for one in first for texts in (negatives, rewrites, tags, regions)]
-    assert crc32(json.dumps(roles).encode()) == 1142987947
+    assert crc32(json.dumps(roles).encode()) == 3125231856
 
 
 def test_bert_knows_every_word_and_long_captions_are_long(golden: Path) -> None:
