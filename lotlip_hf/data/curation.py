@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
-from ..files import PARTIAL, parse_json, printable, publish, read_regular, write_json
+from ..files import PARTIAL, FileError, is_own_file, parse_json, printable, publish, read_regular, write_json
 from ..terminal import progress_bar
 from .record import Record, RecordError, check_record
 from .records import without_images
@@ -285,7 +285,7 @@ def curate(
     parts = _Parts(without_images(records), entries, seed, on_error)
     digest = hashlib.blake2b("\n".join(entries.names).encode(errors="surrogatepass"), digest_size=8).hexdigest()
     data = {"num_records": len(records)} if isinstance(records, Dataset) else {"num_shards": records.num_shards}
-    identity = {**(options or {}), "metadata": digest, "t": t, "seed": seed, "on_error": on_error, **data}
+    identity = {**(options or {}), "metadata": digest, "t": t, "seed": seed, **data}
     folder = output.with_name(f"{output.name}{PARTIAL}")
     folder.mkdir(exist_ok=True)
     try:
@@ -335,13 +335,21 @@ class _State:
         self.records: Counter[str] = Counter()
         if (folder / STATE).exists():
             self._read()
+        if not is_own_file(folder / IDS):
+            raise FileError(folder / IDS, f"a link or no regular file. Delete {folder} to start again")
         self._ids = open(folder / IDS, "ab")
         self._ids.truncate(self.length)
         self._saved = time.monotonic()
 
     def _read(self) -> None:
         path = self.folder / STATE
-        match parse_json(read_regular(path)):
+        try:
+            state = parse_json(read_regular(path))
+        except FileError:
+            raise
+        except ValueError:
+            state = None
+        match state:
             case {
                 "identity": dict(identity),
                 "position": [int() as number, int() as part, int() as length],

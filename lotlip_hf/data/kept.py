@@ -1,5 +1,6 @@
 """The ids of a file, and the records that have them."""
 
+import codecs
 import hashlib
 import os
 from array import array
@@ -38,6 +39,7 @@ class KeptIds:
         self.file = os.fspath(file)
         found = array("Q")
         with open_regular(file) as opened:
+            opened.seek(3 if opened.read(3) == codecs.BOM_UTF8 else 0)
             for line in iter(lambda: opened.readline(MAX_LINE), b""):
                 if one := line.rstrip(b"\r\n"):
                     found.append(_digest(one))

@@ -194,7 +194,8 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
     Only tensors, numbers and strings are loaded, so that a checkpoint cannot run code.
 
     Raises:
-        `CheckpointError`: If the checkpoint cannot be read, or was written by a different number of processes.
+        `CheckpointError`: If the checkpoint cannot be read, was written by a different number of processes, or has
+            tensors of other shapes than `states`.
     """
     number = len(list((checkpoint / STATE).glob(f"*-{PROGRESS}")))
     if not number:
@@ -219,13 +220,17 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
                 raise ValueError(f"{file.name} is a pipe or a device")
         accelerator.load_state(str(checkpoint / STATE))
         for name, state in states.items():
-            state.load_state_dict(torch.load(_state_file(checkpoint, name), map_location="cpu", weights_only=True))
+            saved = torch.load(_state_file(checkpoint, name), map_location="cpu", weights_only=True)
+            _check_shapes(checkpoint, saved, state.state_dict())
+            state.load_state_dict(saved)
         file = checkpoint / STATE / f"{accelerator.process_index}-{PROGRESS}"
         progress = parse_json(read_regular(file, MAX_PROGRESS))
         # accelerate ignores the states of the random generators if it cannot read them.
         if progress.pop(RANDOM) != _random_digest():
             raise ValueError("the states of the random generators are damaged")
         return progress
+    except CheckpointError:
+        raise
     except Exception as error:  # torch and safetensors raise their own exception classes on a damaged file
         reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to trust the file
@@ -233,6 +238,17 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
         raise CheckpointError(
             f"{checkpoint} cannot be read ({reason}). Remove it to resume from the previous checkpoint."
         ) from error
+
+
+def _check_shapes(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises an error if tensors have other shapes than in a checkpoint, because a file of an option has changed."""
+    for name, tensor in own.items():
+        first = saved.get(name)
+        if isinstance(tensor, torch.Tensor) and isinstance(first, torch.Tensor) and tensor.shape != first.shape:
+            raise CheckpointError(
+                f"`{name}` has the shape {tuple(first.shape)} in {checkpoint}, but {tuple(tensor.shape)} with the "
+                "options of this run. Resume with the files of the first run, such as the `vocabulary` of tags."
+            )
 
 
 def _state_file(checkpoint: Path, name: str) -> Path:

@@ -493,8 +493,9 @@ class _Run:
         for name, number in self._data().items():
             first = progress["data"].get(name)
             if first != number:
+                how = "has other ids than" if name == "keep" else f"is {number}, but was {first}"
                 raise ValueError(
-                    f"`{name}` was {first} in {checkpoint} and is now {number}, which would change the batches. "
+                    f"`{name}` {how} in {checkpoint}, which would change the batches. "
                     "Resume with the same records and, for a stream, the same `num_workers`."
                 )
         self.accelerator.print(f"Resuming from {checkpoint}.")

@@ -189,7 +189,7 @@ class ColumnsTeacher(Teacher):
         return records
 
     def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
-        targets = {name: F.normalize(value, dim=-1) for name, value in batch["teacher_inputs"].items()}
+        targets = dict(batch["teacher_inputs"])
         if TEXT_EMBEDS in targets:
             targets[TEXT_EMBEDS] = targets[TEXT_EMBEDS].unsqueeze(1)
         return targets
@@ -256,11 +256,16 @@ def _image_key(record: Record) -> dict[str, str]:
 
 
 def _vectors(record: Record, names: Sequence[str], dim: int) -> dict[str, torch.Tensor]:
-    """Returns embeddings [1, dim] of the record, or raises an error if one is missing or of another size."""
+    """Returns normalised embeddings [1, dim] of the record, or raises an error for one that cannot be used."""
+    vectors = {}
     for name in names:
         if len(record.get(name) or ()) != dim:
             raise RecordError(
                 f"record {record['id']}: `{name}` must have {dim} numbers, the size of the model's embeddings, got "
                 f"{len(record.get(name) or ())}."
             )
-    return {name: torch.tensor([record[name]], dtype=torch.float32) for name in names}
+        vector = torch.tensor([record[name]], dtype=torch.float64)
+        if not vector.any():
+            raise RecordError(f"record {record['id']}: `{name}` has only zeros, which have no direction.")
+        vectors[name] = F.normalize(vector, dim=-1, eps=0).float()
+    return vectors

@@ -245,8 +245,23 @@ def test_an_interrupted_run_wants_the_same_options(tmp_path: Path, entries: Path
         state.write_text(json.dumps({**whole, "position": position}))
         with pytest.raises(ValueError, match=r"state\.json"):
             curate(records, Entries.read(entries), output, t=5)
-    state.unlink()
+    for text in ("", '{"identity":', "[" * 100_000):
+        state.write_text(text)
+        with pytest.raises(ValueError, match=r"state\.json"):
+            curate(records, Entries.read(entries), output, t=5)
+    state.write_text(json.dumps(whole))
     assert curate(records, Entries.read(entries), output, t=5, on_error="skip").records["broken"] == 1
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link, lambda _, path: os.mkfifo(path)])
+def test_a_file_of_ids_of_others_is_not_written(make: Any, tmp_path: Path, entries: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "ids.txt.partial").mkdir()
+    make(tmp_path / "precious", tmp_path / "ids.txt.partial" / "ids")
+    records = load_records(write(tmp_path / "data", random_rows(30)))
+    with pytest.raises(ValueError, match="ids"):
+        curate(records, Entries.read(entries), tmp_path / "ids.txt", t=5)
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -370,7 +385,7 @@ def test_scenes(tmp_path: Path) -> None:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     file = tmp_path / "kept.txt"
-    file.write_bytes(b"r0003\r\nr0001\n\nr0017\nmissing")
+    file.write_bytes(b"\xef\xbb\xbfr0003\r\nr0001\n\nr0017\nmissing")
     return file
 
 

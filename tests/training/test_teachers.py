@@ -327,18 +327,19 @@ def test_broken_embeddings_are_broken_records(start: Path, tmp_path: Path) -> No
         [],
         [1e39] * 24,
         vector,
+        [0] * 24,
     ]
     rows = [json.loads(line) for line in open(start / "records" / "metadata.jsonl")]
     file = tmp_path / "records.jsonl"
     options = options_of(start, "columns", **{**COLUMNS, "term_options": ["near.of=image"], "data": str(file)})
-    options |= {"image_folder": str(start / "records"), "teacher_text_column": None, "batch_size": 9, "max_steps": 1}
+    options |= {"image_folder": str(start / "records"), "teacher_text_column": None, "batch_size": 10, "max_steps": 1}
     for is_streamed in (False, True):
         with open(file, "w") as lines:
             for row, value in zip(rows, vectors, strict=False):
                 lines.write(json.dumps({**row, "image_vector": value}) + "\n")
         name = str(is_streamed)
         _, log = run(tmp_path / name, **options, streaming=is_streamed, on_error="skip")
-        assert (log[0]["records"], log[0]["broken_records"]) == (9, 7)
+        assert (log[0]["records"], log[0]["broken_records"]) == (10, 8)
         with pytest.raises(RecordError, match="teacher_image_embeds"):
             run(tmp_path / f"{name} raised", **options, streaming=is_streamed)
     with pytest.raises(MissingColumn, match="teacher-image-column"):

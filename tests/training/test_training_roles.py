@@ -18,6 +18,7 @@ from lotlip_hf.encoder import Encoder
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.states import FrozenStates
+from lotlip_hf.training.checkpoint import CheckpointError
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.data_checks import warn_of_data
 from lotlip_hf.training.frozen import add_states
@@ -187,6 +188,16 @@ def test_a_role_that_no_record_has_is_named(small: tuple[Any, Any], monkeypatch:
     assert named(records) == []
     assert named(records.remove_columns("negatives")) == ["negatives"]
     assert named(records.remove_columns(["negatives", "tags"])) == ["negatives", "tags"]
+
+
+def test_a_resumed_run_wants_a_vocabulary_of_the_same_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tags.txt"
+    file.write_text("red\ngreen\nblue\n")
+    options = {"terms": ["infonce", "tags"], "term_options": [f"tags.vocabulary={file}"]}
+    run(tmp_path / "run", monkeypatch, **options)
+    file.write_text("red\ngreen\n")
+    with pytest.raises(CheckpointError, match="vocabulary"):
+        run(tmp_path / "run", monkeypatch, **options, resume=True)
 
 
 @pytest.mark.slow
