@@ -318,8 +318,8 @@ def _curate(parts: _Parts, state: "_State", output: Path, num_workers: int) -> C
 
 class _State:
     """
-    The state of a curation in a folder: the finished passes, the parts done in the present one, and their results. Ids
-    are appended to a file; those after the last saved length are dropped when the state is read.
+    The state of a curation in a folder: the number of finished passes, the number of finished parts of the next pass,
+    and their results. Ids are appended to a file; those after the last saved length are dropped when it is read.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], num_entries: int) -> None:

@@ -226,7 +226,7 @@ def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterator[di
     return (dict(zip(inputs, part, strict=True)) for part in zip(*parts, strict=True))
 
 
-# What the collator calls, as functions of a module, because its processes pickle them.
+# Functions that the collator calls, at module level because its processes pickle them.
 
 
 def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
