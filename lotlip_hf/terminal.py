@@ -224,6 +224,12 @@ def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def ignore_signals(worker: int) -> None:
+    """Makes a worker of a `DataLoader` ignore Ctrl-C and SIGTERM, because the main process stops its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def run(program: str, command: Callable[[], int | None]) -> int:
     """
     Runs a command.

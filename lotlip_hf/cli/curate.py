@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..data.mappings import MAPPINGS, ColumnMapping
+from ..data.mappings import MAPPINGS, ColumnMapping, check_mapping
 from ..files import MAX_BYTES, check_output, write_json
 from ..options import Parser, add_options, build, check, option, options_of
 from ..terminal import print_tables
@@ -66,8 +66,7 @@ class CurateOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.mapping not in MAPPINGS:
-            raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
+        check_mapping(self.mapping)
         files = [os.path.realpath(file) for file in (self.output, self.report, self.plot) if file is not None]
         if len(set(files)) < len(files):
             raise ValueError("`output`, its report (.json) and `plot` are the same file. Pass different files.")
@@ -79,13 +78,10 @@ class CurateOptions:
 
     def column_mapping(self) -> ColumnMapping:
         """Returns the columns of the mapping, or of the options that replace them."""
-        mapping = MAPPINGS[self.mapping]
-        if self.short_column is not None:
-            mapping = replace(mapping, short=None if self.short_column == "none" else self.short_column)
-        if self.long_columns is not None:
-            mapping = replace(mapping, long=() if self.long_columns == ["none"] else tuple(self.long_columns))
-        columns = {"image": self.image_column, "id": self.id_column}
-        return replace(mapping, **{name: column for name, column in columns.items() if column is not None})
+        mapping = MAPPINGS[self.mapping].with_columns(self.short_column, image=self.image_column, id=self.id_column)
+        if self.long_columns is None:
+            return mapping
+        return mapping.with_columns(long=() if self.long_columns == ["none"] else tuple(self.long_columns))
 
     def load(self) -> "Dataset | IterableDataset":
         """Loads the records."""

@@ -1,6 +1,5 @@
 """The collator: checks records, loads their images, draws their texts, counts broken records and makes a batch."""
 
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -13,7 +12,7 @@ import torch
 from transformers import ProcessorMixin
 
 from ..images import ImageError, background_of, load_image, load_pixels
-from .record import Draw, Record, RecordError, ShardError, Texts, caption_key, check_record, record_rng
+from .record import Draw, Record, RecordError, ShardError, Texts, check_record, record_rng, texts_digest
 from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
@@ -183,7 +182,6 @@ class LoTLIPCollator:
             image_processor=getattr(self.processor, "image_processor", self.processor),
             background=background_of(self.processor),
         )
-        load = _key if "image" in self.frozen else load
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
         images: list[Any] = []
@@ -191,8 +189,11 @@ class LoTLIPCollator:
         errors: list[ValueError] = []
         for record in records:
             try:
-                # One image at a time, as a batch of large images could fill the memory.
-                read, image = read_record(record, load)
+                if "image" in self.frozen:
+                    read = check_record(record)
+                    image = image_key(read)
+                else:  # one image at a time, as a batch of large images could fill the memory
+                    read, image = read_record(record, load)
                 if self.read_for_teacher is not None:
                     inputs.append(self.read_for_teacher(read))
             except (ImageError, RecordError) as error:
@@ -276,16 +277,22 @@ class LoTLIPCollator:
             logger.warning("Further broken images and records are only counted (`counts` of a batch).")
 
 
-def _key(image: Any, name: str) -> str:
+def image_key(record: Mapping[str, Any]) -> str:
     """Returns the key of an image whose states are known, or raises the error that occurred when it was read."""
-    if isinstance(image, Exception):
-        raise image
-    return image
+    key = record["image_key"]
+    if isinstance(key, Exception):
+        raise key
+    return key
+
+
+def num_negatives(batch: Mapping[str, Any]) -> int:
+    """Returns the number of negatives of each record, which are the last of its texts."""
+    return batch["negative_mask"].shape[1] if "negative_mask" in batch else 0
 
 
 def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str], list[bool]]:
     """Returns negatives of a record, filled up with its short caption, and which of them are negatives."""
-    known = record.get("negatives", []) if number else []
+    known = record.get("negatives", [])
     drawn = rng.sample(known, min(number, len(known)))
     rest = number - len(drawn)
     return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
@@ -293,7 +300,7 @@ def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str]
 
 def _tag_keys(records: Sequence[Record]) -> torch.Tensor:
     """Returns the digests [B, K] of the tags of each record, padded with 0."""
-    digests = [[_digest([tag]) for tag in record.get("tags", [])] for record in records]
+    digests = [[texts_digest([tag]) for tag in record.get("tags", [])] for record in records]
     longest = max(1, *map(len, digests))
     return torch.tensor([row + [0] * (longest - len(row)) for row in digests])
 
@@ -304,17 +311,9 @@ def _joined(values: list[Any]) -> Any:
 
 def _text_keys(record: Record, texts: Texts) -> list[int]:
     """Returns the digests of the captions that the short text and each long text were drawn from."""
-    short = _digest([record["short_caption"]])
-    long = short if texts.stand_in else _digest(record["long_captions"])
+    short = texts_digest([record["short_caption"]])
+    long = short if texts.stand_in else texts_digest(record["long_captions"])
     return [short, *[long] * len(texts.long)]
-
-
-def _digest(captions: Sequence[str]) -> int:
-    """Returns a number of 64 bits that does not depend on case and white space of the captions."""
-    plain = "\0".join(map(caption_key, captions))
-    return int.from_bytes(
-        hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True
-    )
 
 
 def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:

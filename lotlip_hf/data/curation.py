@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from ..files import PARTIAL, FileError, is_own_file, parse_json, printable, publish, read_regular, write_json
-from ..terminal import progress_bar
+from ..terminal import ignore_signals, progress_bar
 from .record import Record, RecordError, check_record
 from .records import without_images
 
@@ -32,6 +31,7 @@ MAX_WORDS = 64  # of an entry
 PART = 10_000  # records of a table that are read at a time; of a stream, it is a shard
 BATCH = 16  # records of a stream
 SAVE_SECONDS = 5
+TITLES = ("Counting", "Drawing")  # of both passes over the records
 STATE, IDS, LOCK = "state.json", "ids", "lock"
 PUNCTUATION = re.compile(r"[,.;:?!`]")
 WHITE = str.maketrans("\t\r\n", "   ")
@@ -235,12 +235,6 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _ignore_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C and SIGTERM, because the main process stops its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def curate(
     records: Dataset | IterableDataset,
     entries: Entries,
@@ -297,26 +291,26 @@ def curate(
 
 def _curate(parts: _Parts, state: "_State", output: Path, num_workers: int) -> Curation:
     """Counts, draws, and moves the ids to `output`."""
-    for number, title in enumerate(("Counting", "Drawing")):
-        if number:
+    while state.passes < len(TITLES):
+        if state.passes:
             parts.chances = probabilities(state.counts[0], state.identity["t"])
-        if state.number == number:
-            loader = DataLoader(
-                parts,  # pyright: ignore[reportArgumentType]
-                batch_size=None,
-                sampler=range(state.part, len(parts)),
-                num_workers=num_workers,
-                collate_fn=_same,
-                worker_init_fn=_ignore_signals,
-            )
-            with progress_bar(total=len(parts), initial=state.part, desc=title, unit="part", delay=2) as bar:
-                for part in loader:
-                    if isinstance(part, Exception):
-                        state.save()
-                        raise part
-                    state.add(part)
-                    bar.update()
-            state.next()
+        loader = DataLoader(
+            parts,  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            sampler=range(state.part, len(parts)),
+            num_workers=num_workers,
+            collate_fn=_same,
+            worker_init_fn=ignore_signals,
+        )
+        title = TITLES[state.passes]
+        with progress_bar(total=len(parts), initial=state.part, desc=title, unit="part", delay=2) as bar:
+            for part in loader:
+                if isinstance(part, Exception):
+                    state.save()
+                    raise part
+                state.add(part)
+                bar.update()
+        state.next()
     state.finish(output)
     numbers = {name: state.records[name] for name in ("kept", "dropped", "unmatched", "broken")}
     return Curation(parts.entries.names, *state.counts, numbers)
@@ -324,13 +318,13 @@ def _curate(parts: _Parts, state: "_State", output: Path, num_workers: int) -> C
 
 class _State:
     """
-    The state of a curation in a folder: the pass (`number`), the parts done in it, and what they gave. Ids are
-    appended to a file; those after the last saved length are dropped when the state is read.
+    The state of a curation in a folder: the number of finished passes, the number of finished parts of the next pass,
+    and their results. Ids are appended to a file; those after the last saved length are dropped when it is read.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], num_entries: int) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
-        self.number, self.part, self.length = 0, 0, 0
+        self.passes, self.part, self.length = 0, 0, 0
         self.counts = [0] * num_entries, [0] * num_entries
         self.records: Counter[str] = Counter()
         if (folder / STATE).exists():
@@ -352,7 +346,7 @@ class _State:
         match state:
             case {
                 "identity": dict(identity),
-                "position": [int() as number, int() as part, int() as length],
+                "position": [int() as passes, int() as part, int() as length],
                 "counts": [list(counts), list(kept)],
                 "records": dict(records),
             } if all(isinstance(one, int) for one in (*counts, *kept, *records.values())):
@@ -367,17 +361,17 @@ class _State:
                 "options, or delete the folder."
             )
         size = (self.folder / IDS).stat().st_size if (self.folder / IDS).is_file() else 0
-        if {len(counts), len(kept)} != {len(self.counts[0])} or min(number, part) < 0 or not 0 <= length <= size:
+        if {len(counts), len(kept)} != {len(self.counts[0])} or min(passes, part) < 0 or not 0 <= length <= size:
             raise ValueError(f"{path} is damaged. Delete {self.folder} to start again.")
-        self.number, self.part, self.length = number, part, length
+        self.passes, self.part, self.length = passes, part, length
         self.counts, self.records = (counts, kept), Counter(records)
 
     def add(self, part: _Part) -> None:
         """Adds the result of the next part, and saves the state every few seconds."""
-        counts = self.counts[self.number]
+        counts = self.counts[self.passes]
         for entry, count in part.counts.items():
             counts[entry] += count
-        if self.number:
+        if self.passes:
             self.records.update(part.records)
             self._ids.write("".join(f"{one}\n" for one in part.ids).encode())
         self.part += 1
@@ -386,7 +380,7 @@ class _State:
 
     def next(self) -> None:
         """Begins the next pass."""
-        self.number, self.part = self.number + 1, 0
+        self.passes, self.part = self.passes + 1, 0
         self.save()
 
     def save(self) -> None:
@@ -394,7 +388,7 @@ class _State:
         self._ids.flush()
         os.fsync(self._ids.fileno())
         self.length = self._ids.tell()
-        position = [self.number, self.part, self.length]
+        position = [self.passes, self.part, self.length]
         write_json(
             self.folder / STATE,
             {"identity": self.identity, "position": position, "counts": self.counts, "records": self.records},

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ..files import printable
 from .readers import column_of
@@ -70,6 +71,15 @@ class ColumnMapping:
     teacher_image_embeds: str | None = None
     teacher_text_embeds: str | None = None
 
+    def with_columns(
+        self, short: str | None = None, **columns: str | tuple[str | None, ...] | None
+    ) -> "ColumnMapping":
+        """Replaces columns by those of options: `None` changes nothing, and a `short` of "none" reads no column."""
+        given: dict[str, Any] = {field: column for field, column in columns.items() if column is not None}
+        if short is not None:
+            given["short"] = None if short == "none" else short
+        return replace(self, **given)
+
     @property
     def optional(self) -> dict[str, str]:
         """The optional fields with a column, and their columns."""
@@ -99,6 +109,12 @@ MAPPINGS = {
     "docci": ColumnMapping(image=("image", "image_file"), long="description", short=None, id="example_id"),
     "iiw": ColumnMapping(image=("image", "image/key"), long="IIW", short=None, id=None),
 }
+
+
+def check_mapping(name: str) -> None:
+    """Raises a `ValueError` if there is no mapping with this name."""
+    if name not in MAPPINGS:
+        raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {name!r}.")
 
 
 def alternatives(columns: str | tuple[str | None, ...] | None) -> tuple[str, ...]:

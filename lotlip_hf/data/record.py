@@ -1,6 +1,7 @@
 """Records: one image with its captions and id, and the check of their types."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -67,6 +68,20 @@ Draw = Callable[[Sequence[Record], Sequence[Random]], list[Texts]]
 def caption_key(caption: str) -> str:
     """Returns a caption in lower case and without superfluous white space; captions with the same key are equal."""
     return " ".join(caption.casefold().split())
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Returns the texts without repetitions, which may differ in case and white space."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(caption_key(text), text)
+    return list(first.values())
+
+
+def texts_digest(texts: Sequence[str]) -> int:
+    """Returns a number of 64 bits that does not depend on case and white space of the texts."""
+    plain = "\0".join(map(caption_key, texts)).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big", signed=True)
 
 
 def record_rng(seed: int, epoch: int, record_id: str) -> Random:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.record import RecordError
 from ..images import ImageError, image_source, load_image
-from .captioners.base import IMAGE_ERRORS, PLACEHOLDER, Answer, Captioner, CaptionerConfig, fill, filled_with
+from .captioners.base import IMAGE_ERRORS, PLACEHOLDER, Answer, Captioner, CaptionerConfig, fill
 from .captioners.endpoint import shrunk
 from .chunks import Chunk, open_journal
 from .config import NO_ANSWER, NO_TEXT, RelabelConfig
@@ -38,14 +38,6 @@ class _Texts(NamedTuple):
     caption: str = ""
     captions: tuple[str, ...] = ()
     skip: str = ""
-
-    def by_placeholder(self) -> dict[str, str]:
-        """Returns the text of each placeholder."""
-        return {"{caption}": self.caption, "{captions}": "\n".join(self.captions)}
-
-    def fill(self, prompt: str) -> str:
-        """Returns a prompt with these texts."""
-        return fill(prompt, self.by_placeholder())
 
 
 @dataclass
@@ -194,7 +186,9 @@ class Captioning:
                 break
             seeds = [_seed(self.config.seed, self.number, group[index]["id"], attempt) for index in asked]
             images_of = [None if self.options.input == "text" else read[index].image for index in asked]
-            prompts = [texts[index].fill(self.options.prompt) for index in asked]
+            prompts = [
+                fill(self.options.prompt, texts[index].caption, "\n".join(texts[index].captions)) for index in asked
+            ]
             answers = self._ask(captioner, images_of, prompts, self.options.settings(attempt), seeds)
             again = []
             for index, answer in zip(asked, answers, strict=True):
@@ -224,13 +218,12 @@ class Captioning:
 
     def _judge(self, answer: Answer, texts: _Texts) -> Judgement:
         """Finds the problems of an answer. Tags may repeat texts of the prompt, rewrites and negatives must not."""
-        role, prompt, rules = self.options.role, filled_with(self.options.prompt, ""), self.config.rules
+        role, prompt, rules = self.options.role, fill(self.options.prompt, "", ""), self.config.rules
         text = writable(answer.text)
         if role == "long":
             return judge(text, prompt, answer.finished, rules)
-        is_tags = role == "tags"
-        known = () if is_tags else (texts.caption, *texts.captions)
-        return judge_list(text, prompt, answer.finished, rules, known=known, commas=is_tags)
+        known = () if role == "tags" else (texts.caption, *texts.captions)
+        return judge_list(text, prompt, answer.finished, rules, known=known, commas=role == "tags")
 
     def _ask(
         self,
@@ -266,8 +259,8 @@ class Captioning:
 
 
 def _without_text(prompt: str, texts: _Texts) -> dict[str, Any]:
-    """Returns the caption of a record without a text that the prompt needs; empty if there are all."""
-    known = texts.by_placeholder()
+    """Returns the caption of a record that lacks a text of the prompt; empty if the record has all."""
+    known = {"{caption}": texts.caption, "{captions}": texts.captions}
     missing = [name for name in PLACEHOLDER.findall(prompt) if not known[name]]
     if not missing:
         return {}

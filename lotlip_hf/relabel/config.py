@@ -6,15 +6,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ..data.mappings import MAPPINGS, ColumnMapping, check_mapping
 from ..files import MAX_BYTES
 from ..options import Parser, add_flags, add_options, build, check, convert, flags_of, option, options_of
 from .captioners.base import REQUEST_FIELDS, CaptionerConfig
 from .quality import REASONS, QualityRules
-
-if TYPE_CHECKING:
-    from ..data.records import ColumnMapping
 
 NO_ANSWER, NO_TEXT = "no_answer", "no_text"
 # For a bad caption: request it again and drop it if it is still bad, drop it, or keep and mark it
@@ -102,10 +100,7 @@ class RelabelConfig:
         check(self)
         if not self.captioners:
             raise ValueError("`captioners` is empty. Pass at least one captioning model with --captioner.")
-        from ..data.records import MAPPINGS  # slow: imports `datasets`
-
-        if self.mapping not in MAPPINGS:
-            raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
+        check_mapping(self.mapping)
         if others := sorted(self.policies.keys() - POLICIES.keys()):
             raise ValueError(f"`policies` must have keys from {', '.join(POLICIES)}, got {others[0]!r}.")
         self.policies = {**POLICIES, **self.policies}
@@ -128,20 +123,15 @@ class RelabelConfig:
         """
         return any(one.input != "image" or one.role != "long" for one in self.captioners)
 
-    def column_mapping(self) -> "ColumnMapping":
+    def column_mapping(self) -> ColumnMapping:
         """
         Returns the columns of the mapping, or of the options that replace them. Long captions are left out if new ones
         replace them and no prompt contains them.
         """
-        from ..data.records import MAPPINGS
-
         mapping = MAPPINGS[self.mapping]
         if self.writes_long and not any("{captions}" in one.prompt for one in self.captioners):
-            mapping = replace(mapping, long=())
-        if self.short_column is not None:
-            mapping = replace(mapping, short=None if self.short_column == "none" else self.short_column)
-        columns = {"image": self.image_column, "id": self.id_column}
-        return replace(mapping, **{name: column for name, column in columns.items() if column is not None})
+            mapping = mapping.with_columns(long=())
+        return mapping.with_columns(self.short_column, image=self.image_column, id=self.id_column)
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that determine the output, without the captioners."""

@@ -7,11 +7,11 @@ removed.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..data.record import caption_key
+from ..data.record import caption_key, distinct
 from ..modeling.sentences_lotlip import (
     ABBREVIATIONS,
     HAS_WORD,
@@ -170,19 +170,17 @@ def judge(
     if not HAS_WORD.search(text):
         return Judgement("", ("empty",))
     words = _split_words(text)
-    checks = {
+    found = {
         "refusal": _is_refusal(text),
         "copied_prompt": _is_copied(text, words, prompt, rules),
         "loop": _has_loop(text, words, rules),
         "repeated_sentence": _has_repeated_sentence(text, rules),
+        "cut_off": finished is False or (finished is None and _breaks_off(text)),
     }
-    found = {reason for reason, is_so in checks.items() if is_so}
-    if finished is False or (finished is None and _breaks_off(text)):
-        found.add("cut_off")
+    if found["cut_off"]:
         text = _trim(text)
-    if _count_words(_split_words(text)) < rules.min_words:
-        found.add("too_short")
-    return Judgement(text, tuple(reason for reason in REASONS if reason in found))
+    found["too_short"] = _count_words(_split_words(text)) < rules.min_words
+    return Judgement(text, tuple(reason for reason in REASONS if found.get(reason)))
 
 
 def judge_list(
@@ -226,36 +224,25 @@ def judge_list(
     lines = [line for line in text.split("\n") if HAS_WORD.search(line)]
     if len(lines) > 1 and lines[0].rstrip(" *_")[-1:] in COLONS:
         del lines[0]
-    texts = [
-        LINE_START.sub("", f"{line} ").strip() for line in (re.split("[,\n]", "\n".join(lines)) if commas else lines)
-    ]
+    if commas:
+        lines = [part for line in lines for part in line.split(",")]
+    texts = [LINE_START.sub("", f"{line} ").strip() for line in lines]
     texts = [one for one in texts if HAS_WORD.search(one)]
-    found = set()
-    if finished is False and texts:
-        found.add("cut_off")
-        texts = texts[:-1] or [_trim(texts[0])]
-    texts = distinct(texts)
     if not texts:
         return Judgement("", ("empty",))
+    if finished is False:
+        texts = texts[:-1] or [_trim(texts[0])]
+    texts = distinct(texts)
     keys = set(map(caption_key, known))
     new = [one for one in texts if caption_key(one) not in keys]
     joined = "\n".join(new or texts)
-    words = _split_words(joined)
-    checks = {
+    found = {
         "refusal": _is_refusal(text),
-        "copied_prompt": not new or _is_copied(joined, words, prompt, rules),
+        "copied_prompt": not new or _is_copied(joined, _split_words(joined), prompt, rules),
         "loop": _has_loop(text, _split_words(text), rules),
+        "cut_off": finished is False,
     }
-    found |= {reason for reason, is_so in checks.items() if is_so}
-    return Judgement(joined, tuple(reason for reason in REASONS if reason in found))
-
-
-def distinct(texts: Iterable[str]) -> list[str]:
-    """Returns the texts without repetitions, which may differ in case and white space."""
-    first: dict[str, str] = {}
-    for text in texts:
-        first.setdefault(caption_key(text), text)
-    return list(first.values())
+    return Judgement(joined, tuple(reason for reason in REASONS if found.get(reason)))
 
 
 def _clean(text: str) -> str:

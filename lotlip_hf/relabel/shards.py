@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..data.record import OPTIONAL
+from ..data.record import OPTIONAL, distinct
 from ..data.records import COLUMNS
 from ..data.sentences import split_sentences
 from ..files import replacing, write_json
@@ -24,7 +24,6 @@ from .card import COUNTED, num_tokens, shard_statistics
 from .chunks import Chunk, journal_path, open_journal, shard_path, sidecar_path
 from .config import RelabelConfig
 from .journal import NONE, DamagedError, changed, read_json
-from .quality import distinct
 from .storage import Storage, as_text, digest, file_of, long_captions, raw_caption, writable
 
 # Maximum rows and bytes of images in a row group, which writers and readers keep in memory
@@ -42,7 +41,6 @@ CAPTION = {
 # Further fields of runs that read texts or write other fields than long captions
 ROLE_FIELDS = {name: COLUMNS[kind] for name, kind in OPTIONAL.items()}
 ROLE_CAPTION = {"input": Value("string"), "role": Value("string")}
-
 
 # Form (see `fits`) of a sidecar
 COUNTS = {str: int}
@@ -72,7 +70,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
 
     def rows() -> Iterator[dict[str, Any]]:
         for record, *captions in zip(chunk.records, *(journal.captions() for journal in journals), strict=True):
-            texts = _long_captions(record, captions, config)
+            texts = _answers("long", captions, config) if config.writes_long else long_captions(record)
             caption = raw_caption(record)
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             short_caption = caption or next(sentences, "")
@@ -120,14 +118,10 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
         journal.path.unlink(missing_ok=True)  # `run._write_the_rest` deletes the journals of killed processes
 
 
-def _long_captions(
-    record: Mapping[str, Any], captions: Sequence[Mapping[str, Any]], config: RelabelConfig
-) -> list[str]:
-    """Returns the new long captions of a record, or its own if no captioner writes long ones."""
-    if not config.writes_long:
-        return long_captions(record)
+def _answers(role: str, captions: Sequence[Mapping[str, Any]], config: RelabelConfig) -> list[str]:
+    """Returns the answers of the captioners with a role; empty for dropped ones."""
     answers = zip(config.captioners, captions, strict=True)
-    return [caption.get("text", "") for options, caption in answers if options.role == "long"]
+    return [caption.get("text", "") for options, caption in answers if options.role == role]
 
 
 def _role_fields(
@@ -138,9 +132,8 @@ def _role_fields(
     fields["regions"] = [{**region, "text": writable(region["text"])} for region in fields["regions"] or ()]
     fields["group"] = writable(fields["group"] or "") or None
     for role in {options.role for options in config.captioners} - {"long"}:
-        answers = zip(config.captioners, captions, strict=True)
-        lists = [caption.get("text", "").split("\n") for options, caption in answers if options.role == role]
-        fields[ROLES[role]] = distinct(text for texts in lists for text in texts if text)
+        texts = (text for answer in _answers(role, captions, config) for text in answer.split("\n"))
+        fields[ROLES[role]] = distinct(filter(None, texts))
     for name in set(ROLES.values()) & fields.keys():
         fields[name] = [writable(text) for text in fields[name] or () if text]
     return fields

@@ -1,6 +1,5 @@
 """The batches of a run. The seed and the epoch determine the records of every batch and their order."""
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -12,6 +11,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from ..data.collator import Batch, LoTLIPCollator
+from ..terminal import ignore_signals
 from .config import TrainingConfig
 from .frozen import KeyedRecords
 
@@ -103,12 +103,6 @@ class _Collator:
             return error
 
 
-def _ignore_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C and SIGTERM, because the main process stops its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def iterate_batches(
     records: Dataset | IterableDataset | KeyedRecords,
     collator: LoTLIPCollator,
@@ -130,7 +124,7 @@ def iterate_batches(
         arguments: dict[str, Any] = {
             "num_workers": config.num_workers,
             "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": _ignore_signals,
+            "worker_init_fn": ignore_signals,
             # A loader draws a number: from the global generator, a resumed run would draw one more.
             "generator": torch.Generator(),
         }

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_type_hints
 import yaml
 
 from .. import options
-from ..data.mappings import MAPPINGS, ColumnMapping, alternatives
+from ..data.mappings import MAPPINGS, ColumnMapping, alternatives, check_mapping
 from ..data.record import Draw
 from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
@@ -344,8 +344,7 @@ class TrainingConfig:
             self.stages = {str(name): own for name, own in self.stages.items()}  # YAML reads 1 as a number
             self.stage_configs()  # checks them
             return
-        if self.mapping not in MAPPINGS:
-            raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
+        check_mapping(self.mapping)
         for name, lock in (
             ("unlocked_vision_layers", "lock_vision"),
             ("state_dropout", "lock_vision"),
@@ -448,23 +447,19 @@ class TrainingConfig:
 
     def column_mapping(self) -> ColumnMapping:
         """Returns the columns of the mapping, or of the options that replace them."""
-        mapping = MAPPINGS[self.mapping]
-        if self.short_column is not None:
-            mapping = dataclasses.replace(mapping, short=None if self.short_column == "none" else self.short_column)
-        if not self.num_long_texts and mapping.short is not None:
-            # `mixed` draws short texts from long captions, if there are any.
-            long = (*alternatives(mapping.long), None) if self.captions == "mixed" else ()
-            mapping = dataclasses.replace(mapping, long=long)
-        columns = {
-            "image": self.image_column,
-            "long": None if self.long_columns is None else tuple(self.long_columns),
-            "id": self.id_column,
-            "teacher_image_embeds": self.teacher_image_column,
-            "teacher_text_embeds": self.teacher_text_column,
-        }
-        return dataclasses.replace(
-            mapping, **{field: column for field, column in columns.items() if column is not None}
+        mapping = MAPPINGS[self.mapping].with_columns(
+            self.short_column,
+            image=self.image_column,
+            id=self.id_column,
+            teacher_image_embeds=self.teacher_image_column,
+            teacher_text_embeds=self.teacher_text_column,
         )
+        if self.long_columns is not None:
+            return mapping.with_columns(long=tuple(self.long_columns))
+        if self.num_long_texts or mapping.short is None:
+            return mapping
+        # `mixed` draws short texts from long captions, if there are any.
+        return mapping.with_columns(long=(*alternatives(mapping.long), None) if self.captions == "mixed" else ())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the options to `training_config.yaml` in a folder, which `--config` and `--resume` read."""

@@ -90,28 +90,21 @@ def frozen_states(
 
 
 class KeyedRecords(TorchDataset):
-    """
-    Records with the key of the states of their image as `image_key`, or the error of an image that cannot be read.
+    """Records with the key of the states of their image as `image_key`, or the error of an unreadable image."""
 
-    The key replaces the `image` too, unless `keeps_images` is set.
-    """
-
-    def __init__(self, records: Dataset, keys: Sequence[str | Exception], keeps_images: bool = False) -> None:
-        self.records, self.keys, self.keeps_images = records, keys, keeps_images
+    def __init__(self, records: Dataset, keys: Sequence[str | Exception]) -> None:
+        self.records, self.keys = records, keys
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._with_key(self.records[index], index)
+        return {**self.records[index], "image_key": self.keys[index]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Reads the records of a batch together, which is faster."""
-        return [*map(self._with_key, self.records.__getitems__(indices), indices)]
-
-    def _with_key(self, record: dict[str, Any], index: int) -> dict[str, Any]:
-        key = self.keys[index]
-        return {**record, "image_key": key} if self.keeps_images else {**record, "image": key, "image_key": key}
+        records = self.records.__getitems__(indices)
+        return [{**record, "image_key": self.keys[index]} for record, index in zip(records, indices, strict=True)]
 
 
 def fill_images(
@@ -120,7 +113,6 @@ def fill_images(
     config: TrainingConfig,
     device: torch.device,
     num_records: int | None = None,
-    keeps_images: bool = False,
 ) -> KeyedRecords:
     """
     Computes the states of the images that the cache lacks. The processes share the work.
@@ -131,7 +123,6 @@ def fill_images(
         config (`TrainingConfig`): Options of the run. Only `on_error` is used.
         device (`torch.device`): Device of this process.
         num_records (`int`, *optional*): Number of records to use, from the first. Defaults to all.
-        keeps_images (`bool`, *optional*, defaults to `False`): See [`KeyedRecords`].
 
     Raises:
         `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The other processes raise
@@ -140,7 +131,7 @@ def fill_images(
     number = len(records) if num_records is None else min(num_records, len(records))
     known = None
     if isinstance(records, KeyedRecords):
-        records, known, keeps_images = records.records, records.keys, records.keeps_images
+        records, known = records.records, records.keys
     keys: list[str | Exception] = []
     error = None
     try:
@@ -151,7 +142,7 @@ def fill_images(
     ordered: list[str | Exception] = [""] * number
     for first, share in enumerate(gather_lists([keys])):
         ordered[first :: world_size()] = share
-    return KeyedRecords(records, ordered, keeps_images)
+    return KeyedRecords(records, ordered)
 
 
 def _fill_share(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
-from ..data.collator import ModelInputs
+from ..data.collator import ModelInputs, num_negatives
 from ..distributed import average_gradient
 from ..modeling.configuration_lotlip import LoTLIPConfig
 from .config import TrainingConfig
@@ -136,21 +136,19 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
         inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     elif not TEXT_EMBEDS & set(needs):
         inputs = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
-    num_negatives = tensors["negative_mask"].shape[1] if "negative_mask" in tensors else 0
-    num_long = inputs["long_input_ids"].shape[1] - num_negatives if "long_input_ids" in inputs else 0
+    negatives = num_negatives(tensors)
+    num_long = inputs["long_input_ids"].shape[1] - negatives if "long_input_ids" in inputs else 0
     # Short texts and negatives need no corner tokens, not even in training mode.
     has_corners = "corner_embeds" in needs and num_long > 0
     outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
-    texts = outputs.text_embeds
-    embeds = {
-        "image_embeds": outputs.image_embeds,
-        "text_embeds": texts if texts is None or texts.dim() == 3 else texts.unsqueeze(1),
-        "corner_embeds": outputs.corner_embeds,
-    }
-    if num_negatives and (texts := embeds["text_embeds"]) is not None:
-        embeds["text_embeds"], embeds["negative_embeds"] = texts[:, :-num_negatives], texts[:, -num_negatives:]
-        if outputs.corner_embeds is not None:
-            embeds["corner_embeds"] = outputs.corner_embeds[:, :-num_negatives]
+    texts, corners = outputs.text_embeds, outputs.corner_embeds
+    if texts is not None and texts.dim() == 2:
+        texts = texts.unsqueeze(1)
+    embeds = {"image_embeds": outputs.image_embeds, "text_embeds": texts, "corner_embeds": corners}
+    if negatives and texts is not None:
+        embeds["text_embeds"], embeds["negative_embeds"] = texts[:, :-negatives], texts[:, -negatives:]
+        if corners is not None:
+            embeds["corner_embeds"] = corners[:, :-negatives]
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.collator import Batch
+from ..data.collator import Batch, image_key, num_negatives
 from ..data.record import Record, RecordError
 from ..encoder import load_encoder, warn_of_cut_texts
 from ..modeling.modeling_lotlip import LoTLIPModel
@@ -110,7 +110,7 @@ class EncoderTeacher(Teacher):
             "--no-cache."
         )
         self.read = _image_key
-        return fill_images(records, self.images, self.config, self.accelerator.device, keeps_images=True)
+        return fill_images(records, self.images, self.config, self.accelerator.device)
 
     def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
         targets = {}
@@ -119,8 +119,7 @@ class EncoderTeacher(Teacher):
             embeds = self._image_embeds(inputs) if self.images is None else self.images.read(inputs["image_keys"])
             targets[IMAGE_EMBEDS] = embeds
         if TEXT_EMBEDS in self.needs:
-            number = _num_negatives(batch)
-            targets[TEXT_EMBEDS] = self.text_embeds([row[: len(row) - number] for row in batch["texts"]])
+            targets[TEXT_EMBEDS] = self.text_embeds([row[: len(row) - num_negatives(batch)] for row in batch["texts"]])
         return targets
 
     def text_embeds(self, texts: Sequence[Sequence[str]]) -> torch.Tensor:
@@ -149,10 +148,8 @@ class EncoderTeacher(Teacher):
 class StartTeacher(Teacher):
     """The model as it started, in evaluation mode. It sees whole images, also with `patch_dropout`."""
 
-    momentum = 1.0
-
     def start(self, model: LoTLIPModel, records: Records) -> Records:
-        average = get_ema_multi_avg_fn(self.momentum)
+        average = get_ema_multi_avg_fn(self.config.teacher_momentum)  # for `AverageTeacher`
         self.averaged = AveragedModel(model, self.accelerator.device, multi_avg_fn=average)
         self.averaged.requires_grad_(False).eval()
         return records
@@ -171,10 +168,6 @@ class StartTeacher(Teacher):
 
 class AverageTeacher(StartTeacher):
     """A moving average of the model's weights with the decay `config.teacher_momentum`, as that of `ema_decay`."""
-
-    def start(self, model: LoTLIPModel, records: Records) -> Records:
-        self.momentum = self.config.teacher_momentum
-        return super().start(model, records)
 
     def update(self, model: LoTLIPModel) -> None:
         assert self.averaged is not None
@@ -217,29 +210,23 @@ def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
     return cast(Batch, {**teacher.targets(batch), **rest})
 
 
-def _num_negatives(batch: Mapping[str, Any]) -> int:
-    """Number of negatives of each record, which are the last of its texts and have no target."""
-    return batch["negative_mask"].shape[1] if "negative_mask" in batch else 0
-
-
 def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Returns the tensors for a model as teacher: whole images, and texts without negatives."""
     unseen = ("kept_patches", "negative_mask")
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in unseen}
-    if number := _num_negatives(batch):
+    if number := num_negatives(batch):
         for name in {"long_input_ids", "long_attention_mask", "text_states"} & inputs.keys():
             inputs[name] = inputs[name][:, :-number]
     return {name: value for name, value in inputs.items() if value.numel()}
 
 
 def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields chunks of `size` samples, or all samples."""
-    number = len(next(iter(inputs.values())))
-    for start in range(0, number, size or number):
-        yield {name: value[start : start + (size or number)] for name, value in inputs.items()}
+    """Returns chunks of `size` samples, or one of all."""
+    parts = (value.split(size or len(value)) for value in inputs.values())
+    return (dict(zip(inputs, part, strict=True)) for part in zip(*parts, strict=True))
 
 
-# Functions of the collator; its processes need no more than these.
+# Functions that the collator calls, at module level because its processes pickle them.
 
 
 def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -249,20 +236,17 @@ def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, torch.Tensor]
 
 def _image_key(record: Record) -> dict[str, str]:
     """Returns the key of a kept embedding (see [`KeyedRecords`])."""
-    key = cast(Any, record)["image_key"]
-    if isinstance(key, Exception):
-        raise key
-    return {"image_keys": key}
+    return {"image_keys": image_key(record)}
 
 
 def _vectors(record: Record, names: Sequence[str], dim: int) -> dict[str, torch.Tensor]:
     """Returns normalised embeddings [1, dim] of the record, or raises an error for one that cannot be used."""
     vectors = {}
     for name in names:
-        if len(record.get(name) or ()) != dim:
+        if (size := len(record.get(name) or ())) != dim:
             raise RecordError(
                 f"record {record['id']}: `{name}` must have {dim} numbers, the size of the model's embeddings, got "
-                f"{len(record.get(name) or ())}."
+                f"{size}."
             )
         vector = torch.tensor([record[name]], dtype=torch.float64)
         if not vector.any():

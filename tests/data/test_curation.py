@@ -1,12 +1,11 @@
 """Balancing over a list of entries, `lotlip curate`, and the records of a file of ids."""
 
-import io
 import json
 import math
 import os
 import signal
-import tarfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +23,7 @@ from lotlip_hf.data.kept import KeptIds, keep_records
 from lotlip_hf.data.record import RecordError
 from lotlip_hf.data.records import load_records
 from processes import Started
+from shards import write_shard
 
 WORDS = ["cat", "dog", "red", "a", "of", "St", "new york", "", ",", ".", "猫", "it's", "\t", "\n", "car!", "(x)"]
 
@@ -41,13 +41,7 @@ def write_shards(folder: Path, rows: Sequence[dict[str, Any]], sizes: Sequence[i
     folder.mkdir()
     left = iter(rows)
     for number, size in enumerate(sizes):
-        with tarfile.open(folder / f"{number:02}.tar", "w") as tar:
-            for _ in range(size):
-                row = next(left)
-                for extension, content in (("png", b"no picture"), ("json", json.dumps(row).encode())):
-                    member = tarfile.TarInfo(f"{row['id']}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        write_shard(folder / f"{number:02}.tar", [(b"no picture", row) for row in islice(left, size)])
     return folder
 
 

@@ -20,7 +20,8 @@ from transformers import BertConfig, ViTConfig
 
 import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.data.collator import ModelInputs, _digest
+from lotlip_hf.data.collator import ModelInputs
+from lotlip_hf.data.record import texts_digest
 from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.objective import Objective, batch_loss, embed
@@ -55,10 +56,10 @@ TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of 
 # Equal texts of 13 samples: short ones in groups of 1 to 5, all of the second kind, and none of the third.
 KEYS = torch.stack([torch.tensor([0, 1, 0, 2, 0, 3, 1, 4, 0, 5, 6, 4, 0]), torch.full([13], 7), torch.arange(13)], 1)
 # Digests of the tags of 13 samples: some have none, and some have one that is not in the vocabulary.
-TAGS = torch.tensor([[_digest([tag]) if tag else 0 for tag in tags] for tags in 13 * [["BLUE", "red"]]])
-TAGS[::3] = torch.tensor([_digest(["large square"]), 0])
-TAGS[::4] = torch.tensor([_digest(["green"]), _digest(["small"])])
-TAGS[1], TAGS[2] = 0, torch.tensor([_digest(["green"]), 0])
+TAGS = torch.tensor([[texts_digest([tag]) if tag else 0 for tag in tags] for tags in 13 * [["BLUE", "red"]]])
+TAGS[::3] = torch.tensor([texts_digest(["large square"]), 0])
+TAGS[::4] = torch.tensor([texts_digest(["green"]), texts_digest(["small"])])
+TAGS[1], TAGS[2] = 0, torch.tensor([texts_digest(["green"]), 0])
 FACTORS = {"guess": 0.5, "structure": 2.0}  # of the terms
 
 
@@ -188,7 +189,7 @@ def tags(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.T
     losses = []
     for image, of_image in zip(embeds["image_embeds"], embeds["tags"].tolist(), strict=True):
         if any(of_image):
-            targets = [float(_digest([tag]) in of_image) for tag in ("red", "blue", "large square", "small")]
+            targets = [float(texts_digest([tag]) in of_image) for tag in ("red", "blue", "large square", "small")]
             losses.append(F.binary_cross_entropy(term.head(image).sigmoid(), torch.tensor(targets)))
     return torch.stack(losses).mean()
 

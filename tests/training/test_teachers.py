@@ -1,9 +1,7 @@
 """Runs with a teacher: its embeddings are the targets of terms, in one process and two, killed and resumed."""
 
 import csv
-import io
 import json
-import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from lotlip_hf.training.teachers import make_teacher
 from lotlip_hf.training.terms import TERMS
 from lotlip_hf.training.terms.views import Views
 from processes import Started, finish
+from shards import write_shard
 
 TEXT_TERMS = ["instance", "structure:0.5"]
 
@@ -287,13 +286,7 @@ def write(records: pd.DataFrame, kind: str, folder: Path, pictures: Path) -> str
             writer.writerow(rows[0])
             writer.writerows([v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows)
     else:
-        with tarfile.open(file, "w") as tar:
-            for row in rows:
-                png = (pictures / row.pop("file_name")).read_bytes()
-                for extension, content in (("png", png), ("json", json.dumps(row).encode())):
-                    member = tarfile.TarInfo(f"{row['id']}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        write_shard(file, [((pictures / row.pop("file_name")).read_bytes(), row) for row in rows])
     return str(file)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lotlip_hf import LoTLIPConfig
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.data.collator import _digest
+from lotlip_hf.data.record import texts_digest
 from lotlip_hf.encoder import load_encoder
 from lotlip_hf.scenes.dataset import scene, short_caption
 from lotlip_hf.scenes.small import small_model
@@ -54,7 +54,7 @@ def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
         "teacher_text_embeds": (num_texts,),
     }
     made = {name: embeddings(batch_size, *shape, 5).double() for name, shape in shapes.items()}
-    tags = [[_digest(["blue"]), _digest(["small"])], [_digest(["red"]), 0], [0, 0]]
+    tags = [[texts_digest(["blue"]), texts_digest(["small"])], [texts_digest(["red"]), 0], [0, 0]]
     return {
         **made,
         "tags": torch.tensor(tags).repeat(batch_size, 1)[:batch_size],
@@ -191,7 +191,7 @@ def test_tags_are_classes_in_the_order_of_the_file(tmp_path: Path) -> None:
     """A resumed run keeps the order that it started with."""
     term = Tags(VOCABULARY, 5).double()
     tags = [["Large  Square", "RED"], ["green"], ["green", "blue"]]
-    digests = torch.tensor([[_digest([tag]) for tag in (row + row)[:2]] for row in tags])
+    digests = torch.tensor([[texts_digest([tag]) for tag in (row + row)[:2]] for row in tags])
     assert term.targets(digests).tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert term.head.weight.shape == (4, 5)
     (tmp_path / "tags.txt").write_text("small\nred\nblue\nlarge square", encoding="utf-8")

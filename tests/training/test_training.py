@@ -10,9 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from threading import Timer
 from time import sleep
@@ -62,6 +62,7 @@ from lotlip_hf.training.terms.views import Views
 from lotlip_hf.training.validation import validate
 from processes import TIME_LIMIT, Ended, Started
 from scripts import REPOSITORY, load_script
+from shards import write_shard
 
 TRAIN = "examples/train.py"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -127,13 +128,7 @@ def make_shards(folder: Path, sizes: Sequence[int] = (7, 5, 9, 6)) -> Path:
     folder.mkdir(parents=True)
     made = iter(rows(sum(sizes)))
     for number, size in enumerate(sizes):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for _ in range(size):
-                row = next(made)
-                for extension, content in (("png", row.pop("png")), ("json", json.dumps(row).encode())):
-                    member = tarfile.TarInfo(f"{row['id']}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        write_shard(folder / f"{number}.tar", [(row.pop("png"), row) for row in islice(made, size)])
     return folder
 
 

@@ -35,14 +35,9 @@ def without_secrets(address: str) -> str:
     return printable(f"{scheme}{mark}{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}")
 
 
-def fill(prompt: str, texts: Mapping[str, str]) -> str:
+def fill(prompt: str, caption: str, captions: str) -> str:
     """Replaces `{caption}` and `{captions}` in a prompt by texts, in which braces have no meaning."""
-    return PLACEHOLDER.sub(lambda found: texts[found[0]], prompt)
-
-
-def filled_with(prompt: str, text: str) -> str:
-    """Returns a prompt with the same text for each placeholder."""
-    return PLACEHOLDER.sub(lambda _: text, prompt)
+    return PLACEHOLDER.sub(lambda found: caption if found[0] == "{caption}" else captions, prompt)
 
 
 def published_name(model: str) -> str:
@@ -156,8 +151,8 @@ class CaptionerConfig:
 
     @property
     def test_prompt(self) -> str:
-        """A prompt like those of the run, with a text of no importance."""
-        return filled_with(self.prompt, "A grey picture.")
+        """A prompt like those of the run, with an example text."""
+        return fill(self.prompt, "A grey picture.", "A grey picture.")
 
     def published_settings(self, attempt: int = 0) -> str:
         """Returns the published settings as JSON: [`settings`] without omitted fields, and `extra_body`."""

@@ -1,14 +1,13 @@
 """The instance term of ProCLIP: embeddings are near the teacher's embeddings of the same texts or images."""
 
 import torch
-from torch import nn
 
 from ...distributed import world_size
-from .taught import Of, compared, needs_of
+from .taught import Taught
 from .views import Views
 
 
-class Instance(nn.Module):
+class Instance(Taught):
     """
     The instance term of ProCLIP (https://arxiv.org/abs/2510.18795): the squared distances from the teacher's
     embeddings, summed over the texts of a sample and averaged over the samples of all processes.
@@ -20,11 +19,6 @@ class Instance(nn.Module):
             `"both"`, the sum of these.
     """
 
-    def __init__(self, of: Of = "text") -> None:
-        super().__init__()
-        self.of: Of = of
-        self.needs = needs_of(of)
-
     def forward(self, views: Views) -> torch.Tensor:
-        distances = [(student - teacher).square().sum() for student, teacher in compared(views, self.of)]
+        distances = [(student - teacher).square().sum() for student, teacher in self.compared(views)]
         return torch.stack(distances).sum() * world_size() / views.num_samples

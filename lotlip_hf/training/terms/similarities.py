@@ -1,16 +1,15 @@
 """The term of UniME's stage 1: embeddings are as similar to each other as the teacher's."""
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ...distributed import world_size
 from .rows import sum_of_rows
-from .taught import Of, compared, needs_of
+from .taught import Of, Taught
 from .views import Views
 
 
-class Similarities(nn.Module):
+class Similarities(Taught):
     """
     The distillation of UniME's stage 1 (https://arxiv.org/abs/2504.17432): the Kullback-Leibler divergence of the
     softmax over each row of similarities from that of the teacher. A row has the cosines of a text with the texts of
@@ -23,16 +22,14 @@ class Similarities(nn.Module):
     """
 
     def __init__(self, temperature: float = 0.02, of: Of = "text") -> None:
-        super().__init__()
+        super().__init__(of)
         if temperature <= 0:
             raise ValueError(f"`temperature` must be above 0, got {temperature}.")
         self.temperature = temperature
-        self.of: Of = of
-        self.needs = needs_of(of)
 
     def forward(self, views: Views) -> torch.Tensor:
         means = []
-        for own, every in zip(compared(views, self.of), compared(views, self.of, gathered=True), strict=True):
+        for own, every in zip(self.compared(views), self.compared(views, gathered=True), strict=True):
             kinds = zip(*(each.unbind(1) for each in (*own, *every)), strict=True)  # short texts, long texts
             sums = [sum_of_rows(self.divergence, kind[:2], kind[2:], views.own.start) for kind in kinds]
             means.append(torch.stack(sums).mean())

@@ -3,17 +3,16 @@
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ...distributed import world_size
-from .taught import Of, compared, needs_of
+from .taught import Of, Taught
 from .views import Views
 
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "squared": F.mse_loss}
 
 
-class Structure(nn.Module):
+class Structure(Taught):
     """
     The structure term of ProCLIP (https://arxiv.org/abs/2510.18795): the differences between the distances of two
     short texts, or two images, and the distances of the teacher's embeddings, summed over all pairs and divided by the
@@ -30,14 +29,12 @@ class Structure(nn.Module):
     """
 
     def __init__(self, distance: Literal["smooth_l1", "squared"] = "smooth_l1", of: Of = "text") -> None:
-        super().__init__()
+        super().__init__(of)
         self.loss = LOSSES[distance]
-        self.of: Of = of
-        self.needs = needs_of(of)
 
     def forward(self, views: Views) -> torch.Tensor:
         sums = []
-        for own, every in zip(compared(views, self.of), compared(views, self.of, gathered=True), strict=True):
+        for own, every in zip(self.compared(views), self.compared(views, gathered=True), strict=True):
             student, teacher = (distances(rows[:, 0], columns[:, 0]) for rows, columns in zip(own, every, strict=True))
             # Each process compares its embeddings with all embeddings, so every pair occurs twice.
             sums.append(self.loss(student, teacher, reduction="sum") / 2)

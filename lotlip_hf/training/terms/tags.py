@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...data.collator import _digest
-from ...data.record import caption_key
+from ...data.record import distinct, texts_digest
 from ...distributed import sum_over_ranks, world_size
 from ...files import FileError, read_regular
 from .views import Views
@@ -37,7 +36,7 @@ class Tags(nn.Module):
         super().__init__()
         if vocabulary is None:
             raise ValueError("`vocabulary` is missing. Set it to a file with one tag a line.")
-        digests = torch.tensor([_digest([tag]) for tag in read_vocabulary(vocabulary)])
+        digests = torch.tensor([texts_digest([tag]) for tag in read_vocabulary(vocabulary)])
         self.head = nn.Linear(projection_dim, len(digests))  # tags in the order of the file
         digests, classes = digests.sort()
         # Saved with the head, which belongs to the file that the run started with.
@@ -67,7 +66,7 @@ def read_vocabulary(path: Path) -> list[str]:
         raise FileError(path, error.strerror or type(error).__name__) from error
     except UnicodeDecodeError as error:
         raise FileError(path, "not UTF-8") from error
-    tags = list({caption_key(line): line for line in lines if line.strip()}.values())
+    tags = distinct(line for line in lines if line.strip())
     if not 0 < len(tags) <= MAX_TAGS:
         raise FileError(path, f"`vocabulary` must have 1 to {MAX_TAGS:,} tags, one a line, has {len(tags):,}")
     return tags

@@ -1,38 +1,39 @@
-"""What terms with a teacher compare: the model's embeddings of images and texts with the teacher's."""
+"""The base class of terms that compare the model's embeddings of images and texts with the teacher's."""
 
 from typing import Literal
 
 import torch
+from torch import nn
 
 from .views import Views
 
 Of = Literal["image", "text", "both"]
 
 
-def needs_of(of: Of) -> frozenset[str]:
-    """Returns the names of the tensors that [`compared`] reads."""
-    return frozenset(f"{prefix}{kind}_embeds" for kind in _kinds(of) for prefix in ("", "teacher_"))
-
-
-def compared(views: Views, of: Of, gathered: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+class Taught(nn.Module):
     """
-    Returns the embeddings of the model and of the teacher, both [n, T', dim]: one pair for images, with T' = 1, and
-    one for texts, where T' is the number of texts that the teacher embeds, the short one first.
+    The base class of terms with a teacher.
 
     Args:
-        views (`Views`): The tensors.
-        of (`str`): `"image"`, `"text"` or `"both"`.
-        gathered (`bool`, *optional*, defaults to `False`): Whether to return the samples of all processes.
+        of (`str`, *optional*, defaults to `"text"`): Which embeddings to compare: `"text"`, `"image"` or `"both"`.
     """
-    pairs = []
-    for kind in _kinds(of):
-        names = (f"{kind}_embeds", f"teacher_{kind}_embeds")
-        student, teacher = (views.all(name) if gathered else views[name] for name in names)
-        if kind == "image":
-            student, teacher = student.unsqueeze(1), teacher.unsqueeze(1)
-        pairs.append((student[:, : teacher.shape[1]], teacher))
-    return pairs
 
+    def __init__(self, of: Of = "text") -> None:
+        super().__init__()
+        self.kinds = ("image", "text") if of == "both" else (of,)
+        self.needs = frozenset(f"{prefix}{kind}_embeds" for kind in self.kinds for prefix in ("", "teacher_"))
 
-def _kinds(of: Of) -> tuple[str, ...]:
-    return ("image", "text") if of == "both" else (of,)
+    def compared(self, views: Views, gathered: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Returns the embeddings of the model and of the teacher, both [n, T', dim]: a pair for images, with T' = 1, and
+        a pair for texts, where T' is the number of texts that the teacher embeds, the short one first. n is the number
+        of samples of this process, or with `gathered` of all processes.
+        """
+        pairs = []
+        for kind in self.kinds:
+            names = (f"{kind}_embeds", f"teacher_{kind}_embeds")
+            student, teacher = (views.all(name) if gathered else views[name] for name in names)
+            if kind == "image":
+                student, teacher = student.unsqueeze(1), teacher.unsqueeze(1)
+            pairs.append((student[:, : teacher.shape[1]], teacher))
+        return pairs
