@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..data.record import OPTIONAL, distinct
+from ..data.record import OPTIONAL, VECTORS, distinct
 from ..data.records import COLUMNS
 from ..data.sentences import split_sentences
 from ..files import replacing, write_json
@@ -39,7 +39,7 @@ CAPTION = {
     "dropped": Value("string"),
 }
 # Further fields of runs that read texts or write other fields than long captions
-ROLE_FIELDS = {name: COLUMNS[kind] for name, kind in OPTIONAL.items()}
+ROLE_FIELDS = {name: COLUMNS[kind] for name, kind in OPTIONAL.items() if name not in VECTORS}
 ROLE_CAPTION = {"input": Value("string"), "role": Value("string")}
 
 # Form (see `fits`) of a sidecar
