@@ -258,9 +258,10 @@ def _image_key(record: Record) -> dict[str, str]:
 def _vectors(record: Record, names: Sequence[str], dim: int) -> dict[str, torch.Tensor]:
     """Returns embeddings [1, dim] of the record, or raises an error if one is missing or of another size."""
     for name in names:
+        flag = f"--{name.replace('_', '-').replace('embeds', 'column')}"
         if len(record.get(name) or ()) != dim:
             raise RecordError(
                 f"record {record['id']}: `{name}` must have {dim} numbers, the size of the model's embeddings, got "
-                f"{len(record.get(name) or ())}."
+                f"{len(record.get(name) or ())}. Fill the column of {flag}."
             )
     return {name: torch.tensor([record[name]], dtype=torch.float32) for name in names}
