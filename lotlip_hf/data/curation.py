@@ -406,5 +406,8 @@ class _State:
         with suppress(OSError):  # files of others are not removed
             self.folder.rmdir()
         if not self.length:
-            option = "t" if self.records["dropped"] else "metadata"
-            raise ValueError(f"`{option}`: no record is kept, {self.records['unmatched']:,} have no match.")
+            option, advice = "metadata", "Add entries that captions contain as words, in the same case."
+            if self.records["dropped"]:
+                option, advice = "t", "Pass a larger number."
+            unmatched = self.records["unmatched"]
+            raise ValueError(f"`{option}`: no record is kept, {unmatched:,} have no match. {advice}")

@@ -72,7 +72,7 @@ def tables(numbers: dict[str, Any]) -> str:
         for one in numbers["head"]
     ]
     tail = [
-        [f"{one['t']:,g}", f"{one['tail']:,}", f"{one['share']:.1%}", f"{one['matches']:.1%}"]
+        [f"{one['t']:,.15g}", f"{one['tail']:,}", f"{one['share']:.1%}", f"{one['matches']:.1%}"]
         for one in numbers["tail"]
     ]
     return "\n\n".join(
@@ -104,7 +104,7 @@ def plot(curation: Curation, t: float, file: str | os.PathLike) -> None:
     axes.loglog(ranks, before[order], color=COLOURS[1], label=f"all {sum(curation.records.values()):,} records")
     kept = np.array(curation.kept_counts, dtype=float)[order]
     axes.loglog(ranks, kept, ".", color=COLOURS[3], ms=3, label=f"{curation.records['kept']:,} kept records")
-    axes.axhline(t, color="grey", lw=0.8, ls="--", label=f"t = {t:,g}")
+    axes.axhline(t, color="grey", lw=0.8, ls="--", label=f"t = {t:,.15g}")
     axes.set(xlabel="entries, ordered by their matches", ylabel="matches in the texts")
     axes.set_title(wrapped("Matches of each entry before and after balancing", 70))
     axes.legend(frameon=False)

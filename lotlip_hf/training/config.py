@@ -366,7 +366,10 @@ class TrainingConfig:
         if self.warmup_steps >= 1 and self.warmup_steps % 1:
             raise ValueError(f"`warmup_steps` must be a whole number or below 1, got {self.warmup_steps}.")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise ValueError(f"`warmup_steps` ({self.warmup_steps:g}) must not exceed `max_steps` ({self.max_steps}).")
+            raise ValueError(
+                f"`warmup_steps` ({self.warmup_steps:g}) must not exceed `max_steps` ({self.max_steps}). Reduce it, "
+                "or pass a share of all steps, such as 0.1."
+            )
         if self.streaming and self.max_steps is None:
             raise ValueError("`streaming` needs `max_steps`, because the length of a stream is unknown.")
         if self.eval_share is not None and (self.eval_data is not None or self.streaming):
@@ -487,8 +490,8 @@ def recipes() -> dict[str, Path]:
 def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> TrainingConfig:
     """
     Returns the options of a command line: flags (`--batch-size 8` or `--batch_size 8`), a YAML file (`--config FILE`
-    or `--recipe NAME`), or both. A flag overrides the file, also in every stage. `--resume` adds the options of the
-    run in `output`.
+    or `--recipe NAME`), or both. A flag overrides the file, also in every stage. `--model` takes the place of the two
+    encoders of the file, with the options of a new model. `--resume` adds the options of the run in `output`.
 
     Args:
         argv (`Sequence[str]`, *optional*): Arguments. By default `sys.argv[1:]`.
@@ -519,12 +522,25 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
 
 
 def _with_flags(given: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the options that flags set from the stages. `eval_data` as a flag replaces `eval_share` of a file."""
-    if flags.get("eval_data") is not None and "eval_share" not in flags:
-        given = {**given, "eval_share": None}
-    stages = given.get("stages") or {}
-    left = {stage: {name: own[name] for name in own if name not in flags} for stage, own in stages.items()}
-    return {**given, "stages": left or None}
+    """
+    Removes the options that flags set from the stages, and the options of a file that flags replace: `eval_share` by
+    `eval_data`, the two encoders and the options of a new model by `model`, and `model` by an encoder.
+    """
+    replaced: set[str] = set()
+    if "eval_data" in flags:
+        replaced.add("eval_share")
+    if "model" in flags:
+        replaced |= set(NEW_MODEL)
+        if given.get("text_model") is not None and flags["model"] != SCENES:  # Scenes start a new model
+            replaced |= {"num_corner_tokens", "cleaning"}
+    if "text_model" in flags or "image_model" in flags:
+        replaced.add("model")
+    replaced -= flags.keys()
+    stages = {
+        stage: {name: own[name] for name in own if name not in flags.keys() | replaced}
+        for stage, own in (given.get("stages") or {}).items()
+    }
+    return {**{name: value for name, value in given.items() if name not in replaced}, "stages": stages or None}
 
 
 def check_resumed(config: TrainingConfig) -> None:

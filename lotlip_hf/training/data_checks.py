@@ -156,11 +156,13 @@ def _equal_captions(
             )
     if not parts:
         return None
-    return (
-        f"Of {len(records):,} pictures, {' and '.join(parts)}. No text tells such pictures apart. Write "
-        "captions that differ, or keep one picture of each. If a step draws parts of captions, pass --term-options "
-        "infonce.equal_positives=true, else parts of equal captions are false negatives."
-    )
+    advice = "Write captions that differ, or keep one picture of each."
+    if term := next((term for term in ("infonce", "primary_components") if term in needs), None):
+        advice += (
+            f" If a step draws parts of captions, pass --term-options {term}.equal_positives=true, else parts of "
+            "equal captions are false negatives."
+        )
+    return f"Of {len(records):,} pictures, {' and '.join(parts)}. No text tells such pictures apart. {advice}"
 
 
 def _missing_roles(records: Sequence[Record], needs: Mapping[str, Collection[str]]) -> Iterator[str]:

@@ -244,9 +244,10 @@ def _vectors(record: Record, names: Sequence[str], dim: int) -> dict[str, torch.
     vectors = {}
     for name in names:
         if (size := len(record.get(name) or ())) != dim:
+            flag = f"--{name.replace('_', '-').replace('embeds', 'column')}"
             raise RecordError(
                 f"record {record['id']}: `{name}` must have {dim} numbers, the size of the model's embeddings, got "
-                f"{size}."
+                f"{size}. Fill the column of {flag}."
             )
         vector = torch.tensor([record[name]], dtype=torch.float64)
         if not vector.any():

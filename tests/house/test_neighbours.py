@@ -27,7 +27,7 @@ Row = dict[str, str]
 
 @cache
 def rows() -> list[Row]:
-    """The rows of all tables, by heading. A row without a method is one of the method above."""
+    """The rows of the tables of methods, by heading. A row without a method is one of the method above."""
     found: list[Row] = []
     headings: list[str] = []
     for line in (REPOSITORY / "docs" / "neighbours.md").read_text(encoding="utf-8").splitlines():
@@ -36,7 +36,7 @@ def rows() -> list[Row]:
             headings = []
         elif not headings:
             headings = cells
-        elif set(cells) != {"---"}:
+        elif set(cells) != {"---"} and "method" in headings:
             row = dict(zip(headings, cells, strict=True))
             row["method"] = row["method"] or found[-1]["method"]
             found.append(row)

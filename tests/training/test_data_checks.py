@@ -86,6 +86,16 @@ def test_equal_captions_that_are_positives_are_no_problem(pair: tuple[Any, Any])
     assert not warn_of_data(*pair, records, config, 20)
 
 
+@pytest.mark.parametrize(
+    ("terms", "advised"), [(["primary_components"], "primary_components.equal_positives"), (["hard_negatives"], None)]
+)
+def test_the_advice_for_equal_captions_is_an_option_of_a_term(
+    terms: list[str], advised: str | None, pair: tuple[Any, Any]
+) -> None:
+    (warning,) = warned(pair, pictures(40, short_caption=["a dog"] * 40), 20, terms=terms)
+    assert advised in warning if advised else "equal_positives" not in warning
+
+
 def test_broken_records_are_left_out(pair: tuple[Any, Any], tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "records", 27)
     next(folder.glob("*.png")).write_bytes(b"no picture")

@@ -15,7 +15,7 @@ from lotlip_hf.cli import main as lotlip
 from lotlip_hf.conversion import clip as clip_conversion
 from lotlip_hf.scenes.dataset import TAGS, scenes_dataset
 from lotlip_hf.training import linear_heads
-from lotlip_hf.training.config import parse_arguments
+from lotlip_hf.training.config import NEW_MODEL, parse_arguments
 from lotlip_hf.training.log import read_log
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
@@ -93,6 +93,22 @@ def test_a_recipe_parses(recipe: Path, tmp_path: Path, monkeypatch: pytest.Monke
     config = parse_arguments(["--recipe", recipe.stem, *argv])
     assert config == parse_arguments(["--config", str(recipe), *argv])
     assert config.model is not None or None not in (config.text_model, config.image_model)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--recipe", "unime", "--model", "checkpoint"], ("checkpoint", None, None)),
+        (["--recipe", "veclip", "--model", "scenes"], ("scenes", None, 0)),
+        (["--recipe", "unime", "--model", "checkpoint", "--num-corner-tokens", "1"], ("checkpoint", None, 1)),
+        (["--recipe", "llm2clip", "--model", "checkpoint"], ("checkpoint", None, None)),
+        (["--recipe", "long-clip", *OWN_TOWERS], (None, "text", None)),
+    ],
+)
+def test_a_model_takes_the_place_of_that_of_the_recipe(argv: list[str], expected: tuple[Any, ...]) -> None:
+    config = parse_arguments(argv)
+    assert (config.model, config.text_model, config.num_corner_tokens) == expected
+    assert config.model is None or all(getattr(config, name) is None for name in NEW_MODEL)
 
 
 def test_small_data_trains_its_stages(
