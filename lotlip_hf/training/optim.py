@@ -12,6 +12,7 @@ from ..modeling.backbones_lotlip import TEXT_BACKBONES
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from .config import TrainingConfig
 from .fsdp import OBJECTIVE
+from .objective import TEXT_EMBEDS
 
 # What the names of the parameters contain that the options `<part>_learning_rate` are for
 PARTS = {
@@ -115,7 +116,7 @@ def freeze_unused(model: Any, needs: Collection[str], has_long_texts: bool) -> N
         unused += [f"vision_model.backbone.{name}." for name in vision.family.pooler_modules]
     if "image_embeds" not in needs:
         unused += ["vision_model.", "visual_projection."]
-    if not {"text_embeds", "corner_embeds", "negative_embeds"} & set(needs):
+    if not TEXT_EMBEDS & set(needs):
         unused += ["text_model.", "text_projection."]
     if "corner_embeds" not in needs or not has_long_texts:
         unused += ["text_model.corner_embeds"]
