@@ -109,12 +109,12 @@ def test_an_error_keeps_what_came_before(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
     generator = random.Random(0)
     for attempt in range(5):
-        process = writer(tmp_path, 1000 * attempt, 1000)
+        process = writer(tmp_path, 10_000 * attempt, 10_000)  # more than 0.1 s of writing
         time.sleep(generator.uniform(0.01, 0.1))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    numbers = range(5000)
+    numbers = range(50_000)
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
         locations = store.held({f"{number}{end}" for number in numbers for end in "ab"}).locations
         found = [number for number in numbers if f"{number}a" in locations]

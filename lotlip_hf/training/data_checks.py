@@ -7,6 +7,7 @@ from random import Random
 from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers.utils import logging
 
 from ..data.collator import read_record
@@ -19,7 +20,6 @@ from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .config import TrainingConfig
 from .data import intact_texts
-from .terms import make_terms
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +43,7 @@ def warn_of_data(
     max_steps: int,
     num_held_out: int | None = None,
     *,
-    sampled: bool = True,
+    terms: Mapping[str, nn.Module] | None = None,
 ) -> list[str]:
     """
     Logs warnings on the main process, each once in a program: records that are never seen or seen very often, few
@@ -58,8 +58,8 @@ def warn_of_data(
         config (`TrainingConfig`): Options of the run.
         max_steps (`int`): Number of steps.
         num_held_out (`int`, *optional*): Number of evaluation records.
-        sampled (`bool`, *optional*, defaults to `True`): Whether to check a sample of the records. Otherwise, only
-            their number is compared with the steps.
+        terms (`Mapping[str, nn.Module]`, *optional*): The terms of the objective by name, for which a sample of the
+            records is checked. By default, only the number of records is compared with the steps.
 
     Returns:
         `list[str]`: The warnings.
@@ -67,10 +67,9 @@ def warn_of_data(
     if isinstance(records, IterableDataset) or rank():
         return []
     warnings = [_passes(len(records), config, max_steps), _few_held_out(num_held_out)]
-    if sampled:
+    if terms is not None:
         indices = Random(config.seed).sample(range(len(records)), min(COMPARED, len(records)))
         encoder = Encoder(model, processor)
-        terms, _ = make_terms(config.terms, config.term_options)
         needs = {name: cast(Any, term).needs for name, term in terms.items()}
         sample = [record for _, record in intact_texts(records, indices)]
         warnings += [

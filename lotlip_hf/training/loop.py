@@ -225,7 +225,8 @@ class _Run:
         else:
             is_counted = isinstance(eval_records, Dataset)
             num_held_out = min(config.eval_samples, len(eval_records)) if is_counted else None
-            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, sampled=check_data)
+            terms = dict(self.objective.terms) if check_data else None
+            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, terms=terms)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator

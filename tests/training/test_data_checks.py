@@ -13,6 +13,7 @@ from lotlip_hf.data.records import load_records
 from lotlip_hf.training import data_checks
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data_checks import warn_of_data
+from lotlip_hf.training.terms import make_terms
 
 FINE = {"batch_size": 4, "num_sentences": 1, "num_long_texts": 1}
 
@@ -32,7 +33,8 @@ def pictures(number: int, **columns: Any) -> Dataset:
 
 def warned(pair: tuple[Any, Any], records: Dataset | IterableDataset, max_steps: int, **options: Any) -> list[str]:
     config = TrainingConfig(model="m", data="d", **{**FINE, **options})
-    return warn_of_data(*pair, records, config, max_steps)
+    terms, _ = make_terms(config.terms, config.term_options)
+    return warn_of_data(*pair, records, config, max_steps, terms=terms)
 
 
 def test_data_without_a_problem(pair: tuple[Any, Any]) -> None:
@@ -80,10 +82,8 @@ def test_few_held_out_pictures_are_told(pair: tuple[Any, Any]) -> None:
 def test_equal_captions_that_are_positives_are_no_problem(pair: tuple[Any, Any]) -> None:
     records = pictures(40, short_caption=["a dog"] * 40)
     assert warned(pair, records, 20)
-    assert not warn_of_data(*pair, records, TrainingConfig(model="m", data="d", **FINE), 20, sampled=False)
-    config = TrainingConfig(model="m", data="d", **FINE)
-    config.term_options = ["infonce.equal_positives=true"]
-    assert not warn_of_data(*pair, records, config, 20)
+    assert not warn_of_data(*pair, records, TrainingConfig(model="m", data="d", **FINE), 20)
+    assert not warned(pair, records, 20, term_options=["infonce.equal_positives=true"])
 
 
 @pytest.mark.parametrize(

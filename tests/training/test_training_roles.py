@@ -176,13 +176,12 @@ def test_the_trainer_gets_no_negatives_unless_its_collator_draws_them(small: tup
     assert trainer.state.global_step == 2
 
 
-def test_a_role_that_no_record_has_is_named(small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TERMS, "contrast", Contrast)
+def test_a_role_that_no_record_has_is_named(small: tuple[Any, Any]) -> None:
     records = scenes_dataset(12)
-    options = {"model": "scenes", "data": "scenes", "terms": ["contrast"], "num_sentences": 1, "batch_size": 4}
+    options = {"model": "scenes", "data": "scenes", "num_sentences": 1, "batch_size": 4}
 
     def named(records: Any) -> list[str]:
-        warnings = warn_of_data(*small, records, config(Path("unused"), **options), 3)
+        warnings = warn_of_data(*small, records, config(Path("unused"), **options), 3, terms={"contrast": Contrast()})
         return [role for role in ("negatives", "tags") for text in warnings if f"`{role}`" in text]
 
     assert named(records) == []
