@@ -409,6 +409,7 @@ class VisionBackbone(_Backbone):
     in_dual_encoder = True  # whether `VisionTextDualEncoderModel` passes all inputs
     has_class_token = True
     pooler_modules: tuple[str, ...] = ()  # modules that only `pooling="pooler"` uses
+    patch_pooler = ""  # module of `pooling="pooler"` that fits a patch alone, [N, 1, hidden_size]
     final_norm = ""  # module after the last layer, which fits the states of earlier layers too
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
     any_size_in_onnx = False  # whether an exported graph accepts all image sizes
@@ -474,6 +475,14 @@ class VisionBackbone(_Backbone):
     def patches(self, backbone: PreTrainedModel, states: Tensor) -> Tensor:
         """The patches [B, P, hidden_size] in the backbone's `last_hidden_state`."""
         return states[:, self.num_prefix_tokens(backbone) :]
+
+    def pool_each(self, backbone: PreTrainedModel, states: Tensor, pooling: str) -> Tensor:
+        """The patches [B, P, hidden_size] in `last_hidden_state`, each pooled alone, without an attention pooling."""
+        patches = self.patches(backbone, states)
+        if pooling != "pooler" or not self.patch_pooler:
+            return patches
+        pooler = backbone.get_submodule(self.patch_pooler)
+        return pooler(patches.flatten(0, 1).unsqueeze(1)).reshape(patches.shape)
 
 
 class DINOv3Backbone(VisionBackbone):
@@ -545,6 +554,7 @@ class ConvNextBackbone(VisionBackbone):
     """ConvNeXt and ConvNeXt V2. The pooled map is normalised, the map is not."""
 
     default_pooling = "pooler"
+    patch_pooler = "layernorm"
     excluded_poolings = (*NOT_OF_IMAGES, "cls", "mean")
     has_class_token = takes_interpolation = False
     passing_embeddings = None
@@ -604,6 +614,16 @@ class TimmBackbone(VisionBackbone):
     def num_prefix_tokens(self, backbone: PreTrainedModel) -> int:
         model: Any = backbone.timm_model
         return model.num_prefix_tokens
+
+    def pool_each(self, backbone: PreTrainedModel, states: Tensor, pooling: str) -> Tensor:
+        model: Any = backbone.timm_model
+        if states.dim() == 3:
+            patches = self.patches(backbone, states)
+            return model.fc_norm(patches) if pooling == "pooler" and hasattr(model, "fc_norm") else patches
+        is_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        patches = states.flatten(1, 2) if is_last else states.flatten(2).transpose(1, 2)
+        maps = patches.flatten(0, 1)[:, None, None] if is_last else patches.flatten(0, 1)[..., None, None]
+        return model.forward_head(maps, pre_logits=True).unflatten(0, patches.shape[:2])
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
@@ -744,16 +764,22 @@ OWN_POOLER: dict[str, Any] = {
     "excluded_poolings": (*NOT_OF_IMAGES, "cls"),
 }
 VISION_BACKBONES: dict[str, VisionBackbone] = {
-    "vit": VisionBackbone(has_optional_pooler=True, final_norm="layernorm", pooled_layer=PooledViTLayer),
+    "vit": VisionBackbone(
+        has_optional_pooler=True, final_norm="layernorm", patch_pooler="pooler", pooled_layer=PooledViTLayer
+    ),
     "dinov2": VisionBackbone(final_norm="layernorm", takes_interpolation=False, any_size_in_onnx=True),
     "dinov2_with_registers": VisionBackbone(final_norm="layernorm", takes_interpolation=False),
     "dinov3_vit": DINOv3Backbone(),
     "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False, pooler_modules=("head",)),
     "siglip2_vision_model": NaFlexBackbone(),
-    "clip_vision_model": VisionBackbone(**OWN_POOLER, pooler_modules=("post_layernorm",)),
+    "clip_vision_model": VisionBackbone(
+        **OWN_POOLER, pooler_modules=("post_layernorm",), patch_pooler="post_layernorm"
+    ),
     "convnext": ConvNextBackbone(),
     "convnextv2": ConvNextBackbone(),
-    "dinov3_convnext": ConvNextBackbone(excluded_poolings=(*NOT_OF_IMAGES, "cls")),  # its map is normalised, too
+    "dinov3_convnext": ConvNextBackbone(
+        excluded_poolings=(*NOT_OF_IMAGES, "cls"), patch_pooler=""
+    ),  # its map is normalised, too
     "timm_wrapper": TimmBackbone(),
 }
 

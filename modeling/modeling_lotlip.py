@@ -32,17 +32,44 @@ class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
     """
     Output of [`LoTLIPTextModel`]: `last_hidden_state` and `hidden_states` [B, (T,) L, hidden_size] and `attentions`
     [B, (T,) heads, L, L] without corner tokens, and the pooled states `pooler_output` [B, (T,) hidden_size] of the
-    texts and `corner_embeds` [B, (T,) m, hidden_size] of the corner tokens.
+    texts and `corner_embeds` [B, (T,) m, hidden_size] of the corner tokens. With `output_token_embeds`, `token_embeds`
+    [B, (T,) L, hidden_size] are the pooled states of texts of one token each. `corner_attentions`
+    [B, (T,) heads, m, L] are what the corner tokens attend to.
     """
 
     corner_embeds: Tensor | None = None
+    token_embeds: Tensor | None = None
+    corner_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BaseModelOutputWithPoolingAndPatches(BaseModelOutputWithPooling):
+    """
+    Output of [`LoTLIPVisionModel`]: `last_hidden_state`, `hidden_states` and `attentions` of the backbone, and the
+    pooled states `pooler_output` [I, pooled_size]. With `output_patch_embeds`, `patch_embeds` [I, P, pooled_size] are
+    the pooled states of images of one patch each.
+    """
+
+    patch_embeds: Tensor | None = None
 
 
 @dataclass
 class LoTLIPTextModelOutput(CLIPTextModelOutput):
-    """The features `text_embeds` [B, (T,) D] and `corner_embeds` [B, (T,) m, D], and all states of the text tower."""
+    """
+    The features `text_embeds` [B, (T,) D], `corner_embeds` [B, (T,) m, D] and `token_embeds` [B, (T,) L, D], and all
+    states of the text tower.
+    """
 
     corner_embeds: Tensor | None = None
+    token_embeds: Tensor | None = None
+    corner_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class LoTLIPVisionModelOutput(CLIPVisionModelOutput):
+    """The features `image_embeds` [I, D] and `patch_embeds` [I, P, D], and all states of the image tower."""
+
+    patch_embeds: Tensor | None = None
 
 
 @dataclass
@@ -51,10 +78,15 @@ class LoTLIPOutput(CLIPOutput):
     Output of [`LoTLIPModel`]: the scalars `loss` and its parts `loss_short` and `loss_long`; `logits_per_image`
     [I, B (, T)] and `logits_per_text` [B, (T,) I]; the embeddings `text_embeds` [B, (T,) D], `image_embeds` [I, D] and
     `corner_embeds` [B, (T,) m, D] (of all texts) or [B, T - 1, m, D] (of the long texts in `long_input_ids`); and the
-    towers' outputs `text_model_output` (for `input_ids`) and `vision_model_output`.
+    towers' outputs `text_model_output` (for `input_ids`) and `vision_model_output`. With `output_patch_embeds` and
+    `output_token_embeds` also the normalised features `patch_embeds` [I, P, D], `token_embeds` [B, (T,) L, D] of
+    `input_ids`, and `long_token_embeds` [B, T - 1, L', D] of `long_input_ids`.
     """
 
     corner_embeds: Tensor | None = None
+    patch_embeds: Tensor | None = None
+    token_embeds: Tensor | None = None
+    long_token_embeds: Tensor | None = None
     loss_short: Tensor | None = None
     loss_long: Tensor | None = None
 
@@ -176,6 +208,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         token_type_ids: Tensor | None = None,
         output_corner_embeds: bool | None = None,
         pooled_only: bool = False,
+        output_token_embeds: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""
@@ -193,6 +226,7 @@ class LoTLIPTextModel(_LoTLIPTower):
             pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. BERT and
                 RoBERTa with `sdpa` or `unpadded` attention and no mean pooling then save time and return `None` for
                 `last_hidden_state`.
+            output_token_embeds (`bool`, *optional*, defaults to `False`): Whether to return `token_embeds`.
         """
         family, config = self.config.family, self.config.backbone_config
         shape = _text_shape(input_ids, inputs_embeds)
@@ -220,7 +254,7 @@ class LoTLIPTextModel(_LoTLIPTower):
             raise ValueError("`token_type_ids` must be 0: this text encoder has no segments. Leave the argument out.")
 
         options = {**self._options(kwargs), **family.options(config)}
-        pooled_only = pooled_only and self._can_pool_only(options)
+        pooled_only = pooled_only and not output_token_embeds and self._can_pool_only(options)
         options |= fast_options(family, config, is_text, len(corners), pooled_index if pooled_only else None)
         if self.config.token_prepending is not None:
             if input_ids is None:
@@ -237,16 +271,17 @@ class LoTLIPTextModel(_LoTLIPTower):
         length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
         first = len(corners) if family.corners_first else 0  # index of the first token of the text
         text_states = states[:, first : first + length]
-        corner_states = states[:, :first] if family.corners_first else states[:, length:]
+        corners_at = slice(0, first) if family.corners_first else slice(length, None)
         pooled = self._pool(text_states, is_text, pooled_index)
-        corner_embeds = self._pool(corner_states.flatten(0, 1).unsqueeze(1))  # each corner token is a text of length 1
-        corner_embeds = corner_embeds.unflatten(0, corner_states.shape[:2])
+        rows = tuple(one[:, :, corners_at] for one in outputs.attentions or ()) if len(corners) else ()
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=None if pooled_only else _line_up(states, shape, 1, first=first),
             pooler_output=_line_up(pooled, shape),
             hidden_states=_line_up(outputs.hidden_states, shape, 1, first=first),
             attentions=_line_up(outputs.attentions, shape, 2, 3, first=first),
-            corner_embeds=_line_up(corner_embeds, shape) if len(corners) else None,
+            corner_embeds=_line_up(self._pool_each(states[:, corners_at]), shape) if len(corners) else None,
+            token_embeds=_line_up(self._pool_each(text_states), shape) if output_token_embeds else None,
+            corner_attentions=_line_up(rows, shape, 3, first=first) or None,
         )
 
     def _embed_words(self, input_ids: Tensor) -> Tensor:
@@ -272,6 +307,10 @@ class LoTLIPTextModel(_LoTLIPTower):
         """[N, L, hidden_size] -> [N, hidden_size]"""
         pooled = POOLINGS[self.config.pooling](states, is_text, index)
         return self.backbone.pooler(pooled.unsqueeze(1)) if self.config.pooling == "pooler" else pooled
+
+    def _pool_each(self, states: Tensor) -> Tensor:
+        """[N, L, hidden_size] -> [N, L, hidden_size]: each state as a text of length 1"""
+        return self._pool(states.flatten(0, 1).unsqueeze(1)).unflatten(0, states.shape[:2])
 
 
 class LoTLIPVisionModel(_LoTLIPTower):
@@ -305,8 +344,9 @@ class LoTLIPVisionModel(_LoTLIPTower):
         kept_patches: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        output_patch_embeds: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPoolingAndPatches:
         r"""
         Args:
             pixel_values (`torch.Tensor`): Images [B, channels, height, width], normalised by the image processor. For
@@ -323,6 +363,8 @@ class LoTLIPVisionModel(_LoTLIPTower):
                 [B, P].
             spatial_shapes (`torch.Tensor`, *optional*): For SigLIP 2 NaFlex: height and width of each image in
                 patches, [B, 2].
+            output_patch_embeds (`bool`, *optional*, defaults to `False`): Whether to return `patch_embeds`, row by
+                row from the top left. An attention pooling, such as SigLIP's head, is left out.
         """
         family = self.config.family
         others = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
@@ -330,7 +372,7 @@ class LoTLIPVisionModel(_LoTLIPTower):
         options = self._options(kwargs)
         has_hidden_states, layers = options["output_hidden_states"], self.config.pooled_layers
         options["output_hidden_states"] = has_hidden_states or layers > 1
-        pooled_only = pooled_only and self._can_pool_only(options)
+        pooled_only = pooled_only and not output_patch_embeds and self._can_pool_only(options)
         if pooled_only:
             images = inputs["pixel_values"]
             options["pooled_tokens"] = images.new_zeros(images.shape[0], 1, dtype=torch.int64)  # [CLS]
@@ -344,11 +386,16 @@ class LoTLIPVisionModel(_LoTLIPTower):
             states = [*map(norm, outputs.hidden_states[-layers:-1]), *states]
         poolings = self.config.pooling.split("+")
         pooled = [self._pool(name, outputs, one, mask) for one in states for name in poolings]
-        return BaseModelOutputWithPooling(
+        patches = None
+        if output_patch_embeds:
+            each = [family.pool_each(self.backbone, one, name) for one in states for name in poolings]
+            patches = torch.cat(each, dim=-1)
+        return BaseModelOutputWithPoolingAndPatches(
             last_hidden_state=None if pooled_only else outputs.last_hidden_state,
             pooler_output=torch.cat(pooled, dim=-1),
             hidden_states=outputs.hidden_states if has_hidden_states else None,
             attentions=outputs.get("attentions"),
+            patch_embeds=patches,
         )
 
     def _pool(self, pooling: str, outputs: Any, states: Tensor, mask: Tensor | None) -> Tensor:
@@ -417,10 +464,10 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> CLIPVisionModelOutput:
+    def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> LoTLIPVisionModelOutput:
         r"""Accepts the arguments of [`LoTLIPVisionModel`]. Returns features: `image_embeds` are not normalised."""
         outputs = dict(_project(self.vision_model, self.visual_projection, pixel_values, *args, **kwargs))
-        return CLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
+        return LoTLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPModel(LoTLIPPreTrainedModel):
@@ -457,7 +504,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         output_corner_embeds: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
-        r"""Returns the output of [`LoTLIPTextModel`] with features as `pooler_output` and `corner_embeds`."""
+        r"""Returns the output of [`LoTLIPTextModel`] with features instead of pooled states."""
         kwargs.update(position_ids=position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids)
         kwargs["output_corner_embeds"] = output_corner_embeds
         return _project(self.text_model, self.text_projection, input_ids, attention_mask, **kwargs)
@@ -470,8 +517,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        r"""Returns the output of [`LoTLIPVisionModel`] with features as `pooler_output`."""
+    ) -> BaseModelOutputWithPoolingAndPatches:
+        r"""Returns the output of [`LoTLIPVisionModel`] with features instead of pooled states."""
         kwargs.update(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
         return _project(self.vision_model, self.visual_projection, pixel_values, interpolate_pos_encoding, **kwargs)
 
@@ -495,6 +542,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         image_states: Tensor | None = None,
         text_states: Tensor | None = None,
+        output_patch_embeds: bool = False,
+        output_token_embeds: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
@@ -515,12 +564,20 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
                 `pixel_values`.
             text_states (`torch.Tensor`, *optional*): Pooled states [B, (T,) hidden_size] of the text tower, to replace
                 the texts. Without corner tokens.
+            output_patch_embeds, output_token_embeds (`bool`, *optional*, defaults to `False`): Whether to return
+                `patch_embeds` and `token_embeds`. They are not known from pooled states.
         """
+        if (output_patch_embeds and image_states is not None) or (output_token_embeds and text_states is not None):
+            raise ValueError(
+                "`output_patch_embeds` needs `pixel_values`, and `output_token_embeds` needs `input_ids`. Pass them "
+                "instead of `image_states` or `text_states`."
+            )
         kwargs.update(pooled_only=pooled_only, return_dict=True)
         texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
         long_texts = (long_input_ids, long_attention_mask)
         has_texts = any(one is not None for one in (*texts, *long_texts, text_states))
-        vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
+        vision_outputs = text_outputs = image_embeds = text_embeds = patch_embeds = logits_per_text = None
+        of_texts: dict[str, Tensor | None] = {}
         loss = LoTLIPLoss(None, None, None)
 
         # The image tower runs first: its backward pass is then last and overlaps with the all-reduce of gradients.
@@ -529,16 +586,19 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         elif pixel_values is not None or return_loss:
             options = {"interpolate_pos_encoding": interpolate_pos_encoding, "kept_patches": kept_patches, **kwargs}
             options |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            options["output_patch_embeds"] = output_patch_embeds
             vision_outputs = self.get_image_features(pixel_values, **options)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
+            patch_embeds = _normalize(vision_outputs.patch_embeds)
         if text_states is not None:
             text_embeds = nn.functional.normalize(_apply(self.text_projection, text_states), dim=-1)
         elif has_texts or return_loss or image_embeds is None:
             if output_corner_embeds is None:
                 has_long = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
                 output_corner_embeds = self.training or bool(return_loss and has_long)
-            answers = self._embed_texts(texts, long_texts, output_corner_embeds, **kwargs)
-            text_outputs, text_embeds, corner_embeds = answers
+            kwargs.update(output_token_embeds=output_token_embeds)
+            text_outputs, of_texts = self._embed_texts(texts, long_texts, output_corner_embeds, **kwargs)
+            text_embeds = of_texts.pop("text_embeds")
 
         if image_embeds is not None and text_embeds is not None:
             image_embeds = image_embeds.to(text_embeds.device)
@@ -546,7 +606,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             if not pooled_only:
                 logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
             if return_loss:
-                loss = self._loss(image_embeds, text_embeds, corner_embeds, logit_scale)
+                loss = self._loss(image_embeds, text_embeds, of_texts["corner_embeds"], logit_scale)
         return LoTLIPOutput(
             **loss._asdict(),
             logits_per_image=None if logits_per_text is None else logits_per_text.movedim(-1, 0),
@@ -555,16 +615,17 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             image_embeds=image_embeds,
             text_model_output=text_outputs,
             vision_model_output=vision_outputs,
-            corner_embeds=corner_embeds,
+            patch_embeds=patch_embeds,
+            **of_texts,
         )
 
     def _embed_texts(
         self, texts: tuple, long_texts: tuple, output_corner_embeds: bool, **kwargs: Any
-    ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
-        """Returns the output for `input_ids`, the embeddings of all texts, and those of the corner tokens."""
+    ) -> tuple[BaseModelOutputWithPoolingAndCorners, dict[str, Tensor | None]]:
+        """Returns the output for `input_ids`, and the normalised embeddings of all texts by name."""
         if all(one is None for one in long_texts):
-            outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
-            text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds
+            outputs = long_outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
+            text_embeds, long_token_embeds = outputs.pooler_output, None
         else:
             short, long = ([] if ids is None else list(ids.shape) for ids in (texts[0], long_texts[0]))
             if len(short) != 2 or len(long) != 3 or short[0] != long[0]:
@@ -572,10 +633,10 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             outputs = self.get_text_features(*texts, output_corner_embeds=False, **kwargs)
             long_outputs = self.get_text_features(*long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
             text_embeds = torch.cat([outputs.pooler_output.unsqueeze(1), long_outputs.pooler_output], dim=1)
-            corner_embeds = long_outputs.corner_embeds
-        if corner_embeds is not None:
-            corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
-        return outputs, nn.functional.normalize(text_embeds, dim=-1), corner_embeds
+            long_token_embeds = long_outputs.token_embeds
+        embeds = {"text_embeds": text_embeds, "corner_embeds": long_outputs.corner_embeds}
+        embeds |= {"token_embeds": outputs.token_embeds, "long_token_embeds": long_token_embeds}
+        return outputs, {name: _normalize(value) for name, value in embeds.items()}
 
     def _loss(
         self, image_embeds: Tensor, text_embeds: Tensor, corner_embeds: Tensor | None, logit_scale: Tensor
@@ -598,12 +659,16 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
 
 
 def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A tower's output with projected `pooler_output` and `corner_embeds`."""
+    """A tower's output with projected features instead of pooled states."""
     outputs = tower(*args, **{**kwargs, "return_dict": True})
-    outputs.pooler_output = _apply(projection, outputs.pooler_output)
-    if outputs.get("corner_embeds") is not None:
-        outputs.corner_embeds = _apply(projection, outputs.corner_embeds)
+    for name in ("pooler_output", "corner_embeds", "token_embeds", "patch_embeds"):
+        if outputs.get(name) is not None:
+            outputs[name] = _apply(projection, outputs[name])
     return outputs
+
+
+def _normalize(features: Tensor | None) -> Tensor | None:
+    return None if features is None else nn.functional.normalize(features, dim=-1)
 
 
 def _apply(projection: nn.Module, states: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig
+from lotlip_hf.distributed import world_size
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.log import read_log
+from lotlip_hf.training.terms.views import Views
 from processes import finish
 
 # With a small epsilon AdamW makes whole steps of gradients that are rounding errors.
@@ -63,3 +66,14 @@ def save_model(folder: Path, **text_config: Any) -> Path:
     LoTLIPModel(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+class Near(nn.Module):
+    """The distance of each token of a text from the most similar patch of its image."""
+
+    needs = frozenset({"patch_embeds", "token_embeds", "token_mask"})
+
+    def forward(self, views: Views) -> torch.Tensor:
+        cosines = torch.einsum("btld, bpd -> btlp", views["token_embeds"], views["patch_embeds"]).amax(3)
+        mask = views["token_mask"]
+        return ((1 - cosines) * mask).sum((1, 2)).div(mask.sum((1, 2))).sum() * world_size() / views.num_samples

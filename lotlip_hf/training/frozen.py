@@ -1,6 +1,6 @@
 """Frozen towers in training: their pooled states are computed once, and batches contain states as inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,11 @@ from .config import TrainingConfig
 
 
 def _locked_towers(
-    model: LoTLIPModel, records: Dataset | IterableDataset, config: TrainingConfig, accelerator: Accelerator
+    model: LoTLIPModel,
+    records: Dataset | IterableDataset,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    needs: Collection[str],
 ) -> dict[Modality, str]:
     """Locked towers, with the reason why a tower is computed in every step, or `""` if it is computed once."""
     towers: dict[Modality, str] = {}
@@ -38,6 +42,9 @@ def _locked_towers(
             towers["text"] = "its corner tokens are trained"
         elif accelerator.distributed_type == DistributedType.FSDP:
             towers["text"] = "FSDP shards it"
+    for modality, name in (("image", "patch_embeds"), ("text", "token_embeds")):
+        if name in needs and modality in towers:
+            towers[modality] = f"a term needs `{name}`"
     return dict.fromkeys(towers, "`no_cache` is set") if config.no_cache else towers
 
 
@@ -47,6 +54,7 @@ def frozen_states(
     records: Dataset | IterableDataset,
     config: TrainingConfig,
     accelerator: Accelerator,
+    needs: Collection[str] = (),
 ) -> dict[str, FrozenStates]:
     """
     Returns the states of the towers that a run computes once, by modality. Prints the file that keeps them, and the
@@ -58,15 +66,16 @@ def frozen_states(
         records (`Dataset` or `IterableDataset`): Training records.
         config (`TrainingConfig`): Options of the run.
         accelerator (`Accelerator`): The processes.
+        needs (`Collection[str]`, *optional*): Names of the tensors that the objective uses.
 
     Raises:
         `ValueError`: If `head_start` or `state_dropout` needs a tower that is computed in every step.
     """
     states: dict[str, FrozenStates] = {}
-    towers = _locked_towers(model, records, config, accelerator)
-    needs = [("state_dropout", "image")] if config.state_dropout else []
-    needs += [("head_start", "image"), ("head_start", "text")] if config.head_start == "ridge" else []
-    for option, modality in needs:
+    towers = _locked_towers(model, records, config, accelerator, needs)
+    options = [("state_dropout", "image")] if config.state_dropout else []
+    options += [("head_start", "image"), ("head_start", "text")] if config.head_start == "ridge" else []
+    for option, modality in options:
         if reason := towers.get(cast(Modality, modality), "not all of its layers are frozen"):
             raise ValueError(
                 f"`{option}` needs the states of the {modality} tower, which is computed in every step, because "

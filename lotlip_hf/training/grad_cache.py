@@ -70,8 +70,9 @@ def cached_backward(
     torch.clear_autocast_cache()  # older versions of torch cache the weights that autocast converted without a graph
 
     embeds = {name: torch.cat([chunk[name] for chunk in cached]) for name in cached[0]}
-    # Tensors of the batch itself, such as labels, get no gradients.
-    leaves = {name: value.requires_grad_() for name, value in embeds.items() if name not in inputs}
+    # Tensors of the batch itself, such as labels, and masks get no gradients.
+    computed = {name: value for name, value in embeds.items() if name not in inputs and value.is_floating_point()}
+    leaves = {name: value.requires_grad_() for name, value in computed.items()}
     logit_scale = extract_model_from_parallel(model).logit_scale
     parameters = [each for each in (logit_scale, *objective.parameters()) if each.requires_grad]
     losses = objective(embeds, similarity_scale(model))

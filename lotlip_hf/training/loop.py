@@ -182,7 +182,7 @@ class _Run:
         starts = config.head_start == "ridge" and self.checkpoint is None
         if starts:
             check_projections(model)
-        self.frozen = frozen_states(model, processor, records, config, accelerator)
+        self.frozen = frozen_states(model, processor, records, config, accelerator, self.objective.needs)
         if "image" in self.frozen:
             fill = partial(fill_images, states=self.frozen["image"], config=config, device=accelerator.device)
             self.records = fill(cast(Dataset, records))

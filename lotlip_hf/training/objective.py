@@ -9,6 +9,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from ..data.collator import ModelInputs, num_negatives
 from ..distributed import average_gradient
@@ -18,7 +19,8 @@ from .terms import make_terms
 from .terms.views import Views
 
 IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes", "kept_patches", "image_states"}
-TEXT_EMBEDS = {"text_embeds", "corner_embeds", "negative_embeds"}
+IMAGE_EMBEDS = {"image_embeds", "patch_embeds"}
+TEXT_EMBEDS = {"text_embeds", "corner_embeds", "negative_embeds", "token_embeds"}
 
 
 class Objective(nn.Module):
@@ -128,11 +130,13 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     Returns:
         `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim],
         `text_embeds` [B, T, dim] with the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
-        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim].
+        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim]. `patch_embeds` are
+        [B, P, dim], and `token_embeds` [B, T, L, dim] are those of texts padded to the longest, with `token_mask`
+        [B, T, L].
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
-    if "image_embeds" not in needs:
+    if not IMAGE_EMBEDS & set(needs):
         inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     elif not TEXT_EMBEDS & set(needs):
         inputs = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
@@ -140,16 +144,34 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     num_long = inputs["long_input_ids"].shape[1] - negatives if "long_input_ids" in inputs else 0
     # Short texts and negatives need no corner tokens, not even in training mode.
     has_corners = "corner_embeds" in needs and num_long > 0
-    outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
+    options = {"output_patch_embeds": "patch_embeds" in needs, "output_token_embeds": "token_embeds" in needs}
+    outputs = model(**inputs, **options, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
     texts, corners = outputs.text_embeds, outputs.corner_embeds
     if texts is not None and texts.dim() == 2:
         texts = texts.unsqueeze(1)
     embeds = {"image_embeds": outputs.image_embeds, "text_embeds": texts, "corner_embeds": corners}
+    embeds |= {"patch_embeds": outputs.patch_embeds, **_tokens(outputs, inputs, negatives)}
     if negatives and texts is not None:
         embeds["text_embeds"], embeds["negative_embeds"] = texts[:, :-negatives], texts[:, -negatives:]
         if corners is not None:
             embeds["corner_embeds"] = corners[:, :-negatives]
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
+
+
+def _tokens(outputs: Any, inputs: Mapping[str, torch.Tensor], negatives: int) -> dict[str, torch.Tensor]:
+    """Returns the tokens [B, T, L, dim] of short and long texts and their mask [B, T, L], without negatives."""
+    if outputs.token_embeds is None:
+        return {}
+    embeds, masks = [outputs.token_embeds.unsqueeze(1)], [inputs["attention_mask"].unsqueeze(1)]
+    if outputs.long_token_embeds is not None:
+        stop = outputs.long_token_embeds.shape[1] - negatives
+        embeds.append(outputs.long_token_embeds[:, :stop])
+        masks.append(inputs["long_attention_mask"][:, :stop])
+    longest = max(mask.shape[2] for mask in masks)
+    return {
+        "token_embeds": torch.cat([F.pad(each, (0, 0, 0, longest - each.shape[2])) for each in embeds], dim=1),
+        "token_mask": torch.cat([F.pad(mask.bool(), (0, longest - mask.shape[2])) for mask in masks], dim=1),
+    }
 
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any], objective: Objective) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from ..modeling.backbones_lotlip import TEXT_BACKBONES
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from .config import TrainingConfig
 from .fsdp import OBJECTIVE
-from .objective import TEXT_EMBEDS
+from .objective import IMAGE_EMBEDS, TEXT_EMBEDS
 
 # What the names of the parameters contain that the options `<part>_learning_rate` are for
 PARTS = {
@@ -114,7 +114,7 @@ def freeze_unused(model: Any, needs: Collection[str], has_long_texts: bool) -> N
     unused = ["mask_token"]
     if vision.pooling != "pooler":
         unused += [f"vision_model.backbone.{name}." for name in vision.family.pooler_modules]
-    if "image_embeds" not in needs:
+    if not IMAGE_EMBEDS & set(needs):
         unused += ["vision_model.", "visual_projection."]
     if not TEXT_EMBEDS & set(needs):
         unused += ["text_model.", "text_projection."]

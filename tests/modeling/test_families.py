@@ -126,6 +126,18 @@ def test_corner_tokens_follow_the_rule(name: str) -> None:
 
 
 @all_families
+def test_a_token_is_pooled_as_a_text_of_its_own(name: str) -> None:
+    family, model = FAMILIES[name], tower(name)
+    ids, mask = texts(*LENGTHS)
+    with torch.no_grad():
+        answer = model(ids, mask, pooled_only=True, output_token_embeds=True, output_corner_embeds=True)
+        states = model(ids, mask, output_corner_embeds=True).last_hidden_state
+        expected = model.backbone.pooler.dense(states).tanh() if family.pooling == "pooler" else states
+    torch.testing.assert_close(answer.token_embeds[mask.bool()], expected[mask.bool()], **CLOSE)
+    assert model(ids, mask).token_embeds is None
+
+
+@all_families
 def test_padding_and_the_rest_of_the_batch_do_not_matter(name: str) -> None:
     family, model = FAMILIES[name], tower(name)
     ids, mask = texts(*LENGTHS, width=15)

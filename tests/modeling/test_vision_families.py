@@ -111,6 +111,7 @@ def test_features_are_those_of_the_stock_model(family: Family) -> None:
         stock_model = stock(model)
         with torch.no_grad():
             answer, expected = model(**inputs), stock_model(**inputs, output_hidden_states=True)
+            dense = model(**inputs, pooled_only=True, output_patch_embeds=True)
             pooled_only = model(**inputs, pooled_only=True)
             hidden = model(**inputs, output_hidden_states=True).hidden_states
             states = [expected.last_hidden_state]
@@ -124,8 +125,9 @@ def test_features_are_those_of_the_stock_model(family: Family) -> None:
         assert len(hidden) > 1
         if family is not NAFLEX and family.name != "convnext_atto":
             assert model.config.num_patches == family.tokens(expected.last_hidden_state).shape[1]
-        naive = []
+        naive, patches = [], []
         for one, name in itertools.product(states, pooling.split("+")):
+            patches.append(naive_patches(family, model.backbone, one, name))
             if name == "cls":
                 naive.append(one[:, 0])
             elif name == "mean":
@@ -136,6 +138,24 @@ def test_features_are_those_of_the_stock_model(family: Family) -> None:
             else:
                 naive.append(expected.pooler_output)
         torch.testing.assert_close(answer.pooler_output, torch.cat(naive, dim=1), **EXACT)
+        torch.testing.assert_close(dense.patch_embeds, torch.cat(patches, dim=2), **EXACT)
+        assert answer.patch_embeds is None
+
+
+@torch.no_grad()
+def naive_patches(family: Family, backbone: Any, states: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Each patch as an image of one patch, without the head of SigLIP."""
+    patches = family.tokens(states)
+    if pooling != "pooler" or family.model_type.startswith(("dino", "siglip")):
+        return patches
+    if family.model_type == "vit":
+        return torch.tanh(backbone.pooler.dense(patches))
+    if family.model_type == "clip_vision_model":
+        return backbone.post_layernorm(patches)
+    if family.model_type == "timm_wrapper":
+        norm = backbone.timm_model.head.norm if states.dim() == 4 else backbone.timm_model.fc_norm
+        return norm(states).flatten(2).transpose(1, 2) if states.dim() == 4 else norm(patches)
+    return backbone.layernorm(patches)
 
 
 @every_family

@@ -35,6 +35,7 @@ from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.terms import TERMS
 from processes import run_processes
+from seams import Near
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "frozen": {"lock_vision": True, "lock_text": True, "max_steps": 2},
     "taught": {"terms": ["instance", "structure"], "max_steps": 2},
+    "dense": {"terms": ["infonce", "near"], "grad_cache_chunk": 3, "max_steps": 2},
 }
 # what `accelerate launch` sets
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -88,7 +90,7 @@ NOT_SUPPORTED = {
 }
 
 
-@mock.patch.dict(TERMS, {"guess": Guess})
+@mock.patch.dict(TERMS, {"guess": Guess, "near": Near})
 def run(checkpoint: Path, output: Path, options: dict[str, Any]) -> None:
     """A run without dropout, so that it does not depend on how many processes share it."""
     is_taught = "instance" in options.get("terms", ())
@@ -196,7 +198,7 @@ class Payload:
         return os.makedirs, (str(self.marker), 0o777, True)
 
 
-@mock.patch.dict(TERMS, {"guess": Guess})
+@mock.patch.dict(TERMS, {"guess": Guess, "near": Near})
 def resumed(folder: str) -> None:
     with (
         mock.patch.dict(os.environ, {**launched(), **FSDP}),
