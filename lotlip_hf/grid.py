@@ -70,7 +70,7 @@ def save_grid(
     columns = min(5, len(results)) if len(results) < 5 or len(results) % 4 else 4
     width = max(3, columns) * (side + margin) + margin
     names = [printable(result.path.name) for result in results]
-    title_font, rank_font, name_font = (_font(size) for size in (20, 22, 15))
+    title_font, rank_font, name_font = (font(size) for size in (20, 22, 15))
     # 0.94, because some lines are wider than the average width of a character suggests.
     characters = int(0.94 * (width - 2 * margin) / (title_font.getlength(title or " ") / max(1, len(title))))
     lines = textwrap.wrap(title, characters, max_lines=8, placeholder=" ...")
@@ -108,8 +108,8 @@ def save_grid(
         file.write(picture.getvalue())
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Loads DejaVu Sans, which covers most alphabets, or PIL's default font."""
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Loads DejaVu Sans, which covers most alphabets, or PIL's default font, in a size in pixels."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:

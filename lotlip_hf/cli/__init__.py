@@ -9,13 +9,16 @@ from importlib.metadata import version
 from ..options import Parser, nearest
 from ..terminal import print_headed, run
 
-COMMANDS = ("search", "embed", "train", "relabel", "curate", "evaluate", "report", "convert", "push")
+COMMANDS = ("search", "explain", "embed", "train", "relabel", "curate", "evaluate", "report", "convert", "push")
 OVERVIEW = """\
 LoTLIP finds images by descriptions, short or a paragraph long. In these commands,
 `checkpoint` is a folder made by `lotlip convert` or `lotlip train`, or a Hub id.
 
 Search a folder of photos:
   lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
+
+See which sentences and words of a description fit a picture, and where:
+  lotlip explain --model checkpoint --image cat.jpg --output page.html "A ginger cat. It sleeps."
 
 Write embeddings to a file:
   lotlip embed --model checkpoint --images photos --output images.parquet

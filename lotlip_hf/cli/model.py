@@ -39,27 +39,39 @@ class ImageOptions:
 
 
 @dataclass(kw_only=True)
-class ModelOptions(ImageOptions):
-    """Options of loading and running a model."""
+class DeviceOptions(ImageOptions):
+    """Options of where and how to compute."""
 
-    model: str = option("Checkpoint folder or Hub id of a LoTLIP, CLIP or SigLIP", group="Model")
-    device: str | None = option("Device: cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)", None)
+    device: str | None = option(
+        "Device: cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)", None, group="Model"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "Type of the weights; auto keeps the checkpoint's", "auto"
     )
-    batch_size: int | None = option(
-        "Images, or texts of full length, per batch (default: 32 images, 64 texts)", None, at_least=1
-    )
 
-    def load(self, revision: str | None = None) -> "Encoder":
-        """Loads the encoder."""
+    def load_named(self, name: str, revision: str | None = None) -> "Encoder":
+        """Loads an encoder."""
         from transformers.utils import logging
 
         from ..encoder import load_encoder
 
         logging.disable_progress_bar()  # bars of loading weights
         self.apply()
-        return load_encoder(self.model, device=self.device, dtype=self.dtype, revision=revision)
+        return load_encoder(name, device=self.device, dtype=self.dtype, revision=revision)
+
+
+@dataclass(kw_only=True)
+class ModelOptions(DeviceOptions):
+    """Options of loading and running a model."""
+
+    model: str = option("Checkpoint folder or Hub id of a LoTLIP, CLIP or SigLIP", group="Model")
+    batch_size: int | None = option(
+        "Images, or texts of full length, per batch (default: 32 images, 64 texts)", None, at_least=1
+    )
+
+    def load(self, revision: str | None = None) -> "Encoder":
+        """Loads the encoder."""
+        return self.load_named(self.model, revision)
 
 
 def report_skipped(skipped: dict[str, str]) -> None:

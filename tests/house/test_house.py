@@ -41,7 +41,7 @@ FLOORS = (
     ("states",),
     ("search", "grid", "embed"),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
-    ("hub",),
+    ("hub", "explain", "explain_page", "explain_parts"),
     ("__init__",),
     ("cli", "__main__"),
 )
