@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .data.sentences import split_sentences
 from .encoder import Encoder, load_encoder
-from .explain_parts import Word, eager, heat_maps, pooled_row, split_words, to_words, tokenize, word_alignment
+from .explain_parts import Word, eager, heat_maps, original_offsets, split_words, to_words, word_alignment
 from .images import ImageSource, image_source, load_image
+from .modeling.calls_lotlip import for_one_call
 from .modeling.modeling_lotlip import LoTLIPModel
 from .modeling.sentences_lotlip import find_sentences
 
@@ -173,7 +174,9 @@ def explain(encoder: Encoder | str | os.PathLike, image: ImageSource, text: str)
             for span, score, other, sentence in zip(spans, alone, rest, sentences, strict=True)
         ],
         words=[
-            ExplainedWord(word.start, word.end, 0.0 if cut else values[word.start, word.end], cut, heat[word.text])
+            ExplainedWord(
+                word.start, word.end, 0.0 if cut else values.get((word.start, word.end), 0.0), cut, heat[word.text]
+            )
             for word, cut in zip(words, is_cut, strict=True)
         ],
         attentions=_attentions(encoder, text, words),
@@ -222,19 +225,24 @@ def _are_cut(encoder: Encoder, text: str, words: Sequence[Word]) -> list[bool]:
 
 def _attentions(encoder: Encoder, text: str, words: Sequence[Word]) -> list[Attention]:
     engine: Any = encoder.engine
-    model: LoTLIPModel = engine.model
+    tokenizer, model = engine.tokenizer, engine.model
     config = model.config.text_config
-    inputs, offsets = tokenize(encoder, text)
-    options = {"output_attentions": True, "output_corner_embeds": bool(config.num_corner_tokens)}
+    options = {"truncation": True, "max_length": encoder.max_text_length, "verbose": False}
+    encoding = for_one_call(tokenizer)([text], **options, return_offsets_mapping=True)
+    offsets = original_offsets(tokenizer, text, encoding.pop("offset_mapping")[0])
+    inputs = {name: value.to(encoder.device) for name, value in engine.pad(dict(encoding)).items()}
     with eager(model), torch.inference_mode():
-        output = model.get_text_features(**inputs, **options)
+        output = model.get_text_features(
+            **inputs, output_attentions=True, output_corner_embeds=bool(config.num_corner_tokens)
+        )
+    attention = output.attentions[-1][0].float().mean(0)  # [L, L]
+    ids = inputs["input_ids"]
     if "mean" in config.pooling:
-        name = "mean of all tokens"
+        rows = {"mean of all tokens": attention.mean(0)}
     else:
-        tokens = torch.arange(inputs["input_ids"].shape[1], device=encoder.device)
-        index = int(pooled_row(encoder, inputs, tokens))
-        name = engine.tokenizer.convert_ids_to_tokens(int(inputs["input_ids"][0, index]))
-    rows = {name: pooled_row(encoder, inputs, output.attentions[-1][0].float().mean(0))}
+        is_text = inputs.get("attention_mask", torch.ones_like(ids))
+        pooled = int(config.family.pooled_index(config.backbone_config, is_text, ids))
+        rows = {tokenizer.convert_ids_to_tokens(int(ids[0, pooled])): attention[pooled]}
     if output.corner_attentions:
         corners = output.corner_attentions[-1][0].float().mean(0)  # [m, L]
         rows |= {f"corner {number}": row for number, row in enumerate(corners, 1)}

@@ -120,8 +120,8 @@ def page(explanations: Sequence[Explanation]) -> str:
     legend = (
         f'The picture <span class="key" style="{blue}">supports</span> or <span class="key" style="{red}">contradicts'
         "</span> a word. The strongest word of a text has the full colour; the title of each word is its number. "
-        "Score: cosine of the picture and the sentence alone. Lost without: score of the whole text minus the score of the "
-        "text without the sentence."
+        "Score: cosine of the picture and the sentence alone. Lost without: score of the whole text minus the score "
+        "of the text without the sentence."
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -45,8 +45,8 @@ def split_words(text: str) -> list[Word]:
 
 def to_words(values: Tensor, offsets: Sequence[tuple[int, int]], words: Sequence[Word]) -> Tensor:
     """Adds up the values [L] of tokens at `offsets` to values [W] of words."""
-    found = torch.zeros(len(words))
-    for value, (start, end) in zip(values.tolist(), offsets, strict=True):
+    found = values.new_zeros(len(words))
+    for value, (start, end) in zip(values, offsets, strict=True):
         for index, word in enumerate(words):
             if start < end and start < word.end and word.start < end:
                 found[index] += value
@@ -54,27 +54,18 @@ def to_words(values: Tensor, offsets: Sequence[tuple[int, int]], words: Sequence
     return found
 
 
-def tokenize(encoder: Encoder, text: str) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    """Returns the inputs [1, L] of a text, and the offsets of its tokens in the text; (0, 0) of special tokens."""
-    tokenizer: Any = encoder.engine.tokenizer  # pyright: ignore
-    options = {"truncation": True, "max_length": encoder.max_text_length, "verbose": False}
-    call = for_one_call(tokenizer)
-    encoding = call([text], **options, return_offsets_mapping=True, return_special_tokens_mask=True)
-    offsets = encoding.pop("offset_mapping")[0]
-    special = encoding.pop("special_tokens_mask")[0]
-    ids = encoding["input_ids"][0]
-    special = [one or token in tokenizer.all_special_ids for one, token in zip(special, ids, strict=True)]
-    encoded = text
-    if isinstance(tokenizer, LoTLIPTokenizer):  # its offsets are those in the cleaned text
-        before, _, after = tokenizer.prompt_template.partition("{}")
-        encoded = before + (tokenizer.sep_token or "").join(tokenizer.sentences(text)) + after
-    if encoded != text:
-        matcher = SequenceMatcher(None, encoded, text, autojunk=False)
-        place = {a + i: b + i for a, b, size in matcher.get_matching_blocks() for i in range(size)}
-        known = [[place[i] for i in range(*one) if i in place] for one in offsets]
-        offsets = [(one[0], one[-1] + 1) if one else (0, 0) for one in known]
-    offsets = [(0, 0) if skipped else tuple(one) for one, skipped in zip(offsets, special, strict=True)]
-    return {name: value.to(encoder.device) for name, value in encoder.engine.pad(dict(encoding)).items()}, offsets
+def original_offsets(tokenizer: Any, text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Translates offsets in the text that a LoTLIP tokenizer prepares to offsets in the text that was passed."""
+    if not isinstance(tokenizer, LoTLIPTokenizer):
+        return list(offsets)
+    before, _, after = tokenizer.prompt_template.partition("{}")
+    separator = tokenizer.sep_token or ""
+    prepared = before + separator.join(tokenizer.sentences(text)) + after
+    prepared = prepared.replace(separator, " " * len(separator)) if separator else prepared
+    matcher = SequenceMatcher(None, prepared, text, autojunk=False)
+    place = {a + i: b + i for a, b, size in matcher.get_matching_blocks() for i in range(size)}
+    known = [[place[i] for i in range(*one) if i in place and not prepared[i].isspace()] for one in offsets]
+    return [(one[0], one[-1] + 1) if one else (0, 0) for one in known]
 
 
 @contextmanager
@@ -97,28 +88,28 @@ def relevance(similarity: Tensor, attentions: Sequence[Tensor]) -> Tensor:
     return torch.stack(products).sum(0)
 
 
-def pooled_row(encoder: Encoder, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """The row [L] of the pooled token in [L, L], or the mean of all rows with mean pooling."""
-    config = encoder.engine.model.config.text_config  # pyright: ignore
-    if "mean" in config.pooling:
-        return rows.mean(0)
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return rows[int(config.family.pooled_index(config.backbone_config, mask, inputs["input_ids"]))]
-
-
 def word_alignment(images: Sequence[ImageSource], texts: Sequence[str], encoder: Encoder) -> list[list[WordScore]]:
     """Values of the words of each text for its image."""
     return [_word_alignment(image, text, encoder) for image, text in zip(images, texts, strict=True)]
 
 
 def _word_alignment(image: ImageSource, text: str, encoder: Encoder) -> list[WordScore]:
-    model: LoTLIPModel = encoder.engine.model  # pyright: ignore
-    inputs, offsets = tokenize(encoder, text)
+    engine: Any = encoder.engine
+    config = engine.model.config.text_config
+    call = for_one_call(engine.tokenizer)
+    options = {"truncation": True, "max_length": encoder.max_text_length, "verbose": False}
+    encoding = call([text], **options, return_offsets_mapping=True)
+    offsets = original_offsets(engine.tokenizer, text, encoding.pop("offset_mapping")[0])
+    inputs = {name: value.to(encoder.device) for name, value in engine.pad(dict(encoding)).items()}
     target = encoder.encode_images([image], progress=False)[0].to(encoder.device)
-    with eager(model), torch.enable_grad():
-        output = model.get_text_features(**inputs, output_attentions=True)
+    with eager(engine.model), torch.enable_grad():
+        output = engine.model.get_text_features(**inputs, output_attentions=True)
         similarity = torch.nn.functional.normalize(output.pooler_output[0].float(), dim=-1) @ target
-        row = pooled_row(encoder, inputs, relevance(similarity, output.attentions)[0])
+        rows = relevance(similarity, output.attentions)[0]
+    is_mean = "mean" in config.pooling
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    pooled = config.family.pooled_index(config.backbone_config, mask, inputs["input_ids"])
+    row = rows.mean(0) if is_mean else rows[int(pooled)]
     words = split_words(text)
     values = to_words(row.detach().float().cpu(), offsets, words).tolist()
     return [WordScore(*word, value) for word, value in zip(words, values, strict=True)]

@@ -37,7 +37,7 @@ class ExplainOptions(DeviceOptions):
             if self.text is None and len(values) > 1 and " " in values[-1] and not os.path.exists(values[-1]):
                 self.text = values.pop()
         if self.text is None:
-            raise ValueError("`text` (TEXT) is missing. Put the description, in quotes, at the end.")
+            raise ValueError("`text` (TEXT) is missing. Put the description, in quotes, before the options.")
 
 
 def parser() -> Parser:

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 
+from browser import chromium_page
 from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.scenes.dataset import long_captions, render, scene
 from scripts import REPOSITORY, load_script
@@ -30,17 +31,6 @@ pytest.importorskip("gradio", reason="the Space needs gradio: pip install '.[spa
 
 pytestmark = pytest.mark.slow
 SPACE = REPOSITORY / "examples" / "space"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# No sandbox, as CI is root; none of Chromium's own calls home.
-CHROMIUM_ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 SECONDS = 120  # for the app to start, on a machine that has much else to do
 TEXT = "A cat. A red car, and a 3.5 m house! The photo of the dog. " + "The dog and the cat and the red car " * 12
 CUT_AT = {"lotlip": 126, "clip": 77}  # tokens
@@ -286,18 +276,9 @@ def address(official_checkpoint: Path, clip_checkpoint: Path, tmp_path: Path) ->
 
 @pytest.fixture
 def browser_page() -> Iterator[Any]:
-    """A page of headless Chromium that reaches this machine alone."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[test]'")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_ARGUMENTS))
-        page = browser.new_page(viewport={"width": 1400, "height": 1200})
+    with chromium_page() as page:
         page.set_default_timeout(1000 * SECONDS)
-        local = re.compile(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:")
-        page.route(lambda url: not local.match(url), lambda route: route.abort())
         yield page
-        browser.close()
 
 
 def test_the_page_in_a_browser(
