@@ -232,7 +232,7 @@ def _panel(explanation: Explanation, text: int) -> str:
     changes = max([1e-9, *(abs(one.lost or 0) for one in explanation.sentences)])
     rows = []
     for number, one in enumerate(explanation.sentences):
-        lost = "" if one.lost is None else f"{one.lost:+.3f}"
+        lost = "" if one.lost is None else _signed(one.lost)
         words = "".join(_word(explanation, piece, word, text, largest) for piece, word in _pieces(explanation, one))
         label = ", ".join(filter(None, [f"score {one.score:.3f}", _lost(one), _sentence(explanation, one)]))
         rows.append(
@@ -275,9 +275,9 @@ def _attention(explanation: Explanation, attention: Attention) -> str:
         if word is None:
             parts.append(_text(piece))
             continue
-        value = values[word.start]
+        value, tag = values[word.start], "s" if word.is_cut else "span"
         style = f"background: rgba{(*ORANGE, round(0.9 * value / largest, 2))}"
-        parts.append(f'<span class="word" title="{value:.1%}" style="{style}">{_text(piece)}</span>')
+        parts.append(f'<{tag} class="word" title="{value:.1%}" style="{style}">{_text(piece)}</{tag}>')
     return (
         f"<h3>{_text(attention.token)} <small>{attention.rest:.0%} to other tokens</small></h3>"
         f'<p class="attention" dir="auto">{"".join(parts)}</p>'
@@ -302,7 +302,11 @@ def _sentence(explanation: Explanation, sentence: ExplainedSentence) -> str:
 
 
 def _lost(sentence: ExplainedSentence) -> str:
-    return "" if sentence.lost is None else f"lost without {sentence.lost:+.3f}"
+    return "" if sentence.lost is None else f"lost without {_signed(sentence.lost)}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # not -0.000
 
 
 def _heat(key: str, label: str, heat: Tensor) -> str:

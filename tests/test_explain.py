@@ -218,7 +218,7 @@ def test_colours_follow_the_values(explanations: list[Explanation]) -> None:
     )
     text = dataclasses.replace(found, words=[dataclasses.replace(word, is_cut=True) for word in found.words])
     written = page([text])
-    assert written.count('<s class="word"') == len(found.words)
+    assert written.count('<s class="word" tabindex="0"') == len(found.words)
     assert f"{len(found.words)} words are cut" in written
 
 

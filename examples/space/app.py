@@ -1,4 +1,4 @@
-"""A web page that ranks your pictures by a long description and shows how each sentence contributes.
+"""A web page that ranks your pictures by a long description and explains how each sentence and word contributes.
 
     python examples/space/app.py --model checkpoint --compare openai/clip-vit-base-patch16
 
@@ -25,6 +25,8 @@ from PIL import Image
 
 from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.encoder import Encoder, load_encoder
+from lotlip_hf.explain import check_model, explain
+from lotlip_hf.explain_page import page as explanation_page
 from lotlip_hf.images import ImageError, load_image, read_image_bytes
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.terminal import printable_lines, printable_output
@@ -60,6 +62,7 @@ STYLE = """
 .sentences img { display: block; max-width: 52px; max-height: 52px; margin: 0 auto 2px auto; border-radius: 3px; }
 .sentences small { display: block; opacity: 0.75; }
 .sentences td { font-variant-numeric: tabular-nums; min-width: 60px; }
+.explanation { width: 100%; height: 900px; border: 1px solid #d8d8d8; border-radius: 4px; }
 .legend { margin: 6px 0 0 0; font-size: 13px; opacity: 0.75; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -307,6 +310,44 @@ def sentence_table(ranking: Ranking) -> str:
     )
 
 
+def explain_first(models: Sequence[Model], images: Sequence[str], text: str) -> tuple[str, list[str]]:
+    """
+    Explains the picture that the first model ranks first, by each model that is a LoTLIP.
+
+    Args:
+        models (`Sequence[Model]`): The models.
+        images (`Sequence[str]`): Image files.
+        text (`str`): The description.
+
+    Returns:
+        `tuple[str, list[str]]`: The page of [`~lotlip_hf.explain_page.page`], or an empty string without a LoTLIP, and
+        notes about models that are none.
+
+    Raises:
+        `ValueError`: As [`rank`], or if the text has no word or more than `MAX_SENTENCES` sentences.
+    """
+    if len(split_sentences(text)) > MAX_SENTENCES:
+        raise ValueError(f"The description is too long to explain. Use at most {MAX_SENTENCES} sentences.")
+    image = rank(models[:1], images, text)[0][0].images[0]
+    found, notes = [], []
+    for model in models:
+        try:
+            check_model(model.encoder)
+        except ValueError:
+            notes.append(f"{model.name} cannot be explained, because it is not a LoTLIP.")
+            continue
+        found.append(explain(model.encoder, image, text))
+    return explanation_page(found) if found else "", notes
+
+
+def frame(written: str) -> str:
+    """Returns a page of HTML in a frame, in which its script can reach nothing else."""
+    if not written:
+        return ""
+    source = html.escape(written)
+    return f'<iframe class="explanation" title="Explanation" sandbox="allow-scripts" srcdoc="{source}"></iframe>'
+
+
 def draw_examples(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     """Draws held-out Scenes into a folder. Returns the files, and descriptions of some of them."""
     scenes = [scene(index, split="test") for index in range(NUM_EXAMPLES)]
@@ -334,13 +375,20 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
         try:
             rankings, skipped = rank(models, [image for image, _ in images or []], text or "", progress)
         except ValueError as error:
-            return [notice([str(error)]), *["", [], ""] * len(models)]
+            return [notice([str(error)]), *["", [], ""] * len(models), ""]
         left_out = [f"{Path(image).name} cannot be read: {reason}" for image, reason in skipped.items()]
         columns = [
             (summary(model, ranking), gallery(ranking), sentence_table(ranking))
             for model, ranking in zip(models, rankings, strict=True)
         ]
-        return [notice(left_out), *(part for column in columns for part in column)]
+        return [notice(left_out), *(part for column in columns for part in column), ""]
+
+    def show_explanation(images: list[tuple[str, str | None]] | None, text: str) -> tuple[str, str]:
+        try:
+            written, notes = explain_first(models, [image for image, _ in images or []], text or "")
+        except ValueError as error:
+            return notice([str(error)]), ""
+        return notice(notes), frame(written)
 
     with gr.Blocks(
         title="LoTLIP: pictures by long descriptions",
@@ -351,7 +399,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
         gr.Markdown(
             "# Find a picture by a long description\n"
             "Drop pictures and describe one of them in several sentences. The page ranks the pictures and shows how "
-            "well each sentence fits each picture."
+            "well each sentence fits each picture. It also explains the first picture: each word, and where it is."
         )
         with gr.Row():
             images = gr.Gallery(
@@ -376,6 +424,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
                     elem_id="description",
                 )
                 button = gr.Button("Rank the pictures", variant="primary", elem_id="rank")
+                explaining = gr.Button("Explain the first picture", elem_id="explain")
         chosen = None
         if descriptions:
             chosen = gr.Examples(
@@ -400,9 +449,13 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
                         )
                     )
                     outputs.append(gr.HTML())
+        outputs.append(gr.HTML(elem_id="explanation"))
         # One ranking at a time, because the models and their caches are shared.
         run: dict[str, Any] = {"fn": show, "inputs": [images, text], "outputs": outputs, "concurrency_id": "rank"}
         gr.on([button.click, text.submit, *([page.load] if pictures else [])], **run, api_name="rank")
+        explaining.click(
+            show_explanation, [images, text], [outputs[0], outputs[-1]], concurrency_id="rank", api_name="explain"
+        )
         if chosen is not None:
             chosen.load_input_event.then(**run, api_visibility="private")
     return page

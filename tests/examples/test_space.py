@@ -1,5 +1,6 @@
 """`examples/space/`: what the page computes, and the page itself in headless Chromium."""
 
+import html
 import os
 import re
 import shutil
@@ -207,6 +208,22 @@ def test_the_table_is_sorted_and_escaped(
     assert "the first 2 of 5 pictures" in app.summary(models[0], ranking)
 
 
+def test_the_first_picture_is_explained(app: ModuleType, models: list[Any], pictures: list[str]) -> None:
+    text = "A cat & a red car. The house."
+    page, notes = app.explain_first(models, pictures, text)
+    first = app.rank(models[:1], pictures, text)[0][0].images[0]
+    assert page.count('class="panel"') == 1
+    assert f'alt="{Path(first).name}"' in page
+    assert len(notes) == 1
+    assert models[1].name in notes[0]
+    assert app.explain_first(models[1:], pictures, text)[0] == ""
+    framed = app.frame(page)
+    assert framed.count("<") == 2
+    assert html.unescape(framed.partition('srcdoc="')[2]).startswith(page)
+    with pytest.raises(ValueError, match="50"):
+        app.explain_first(models, pictures, "A cat. " * 51)
+
+
 def test_arguments_that_do_not_fit_are_named(
     app: ModuleType,
     clip_checkpoint: Path,
@@ -353,10 +370,21 @@ def test_the_page_in_a_browser(
             image.scroll_into_view_if_needed()
             page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=image.element_handle())
 
+    # The first picture is explained, by the model that is a LoTLIP, until the pictures are ranked again.
+    page.locator("#explain").click()
+    frame = page.frame_locator("#explanation iframe")
+    frame.locator("tr[data-heat]").first.hover()
+    frame.locator(".heat").wait_for(state="visible")
+    assert frame.locator(".panel").count() == 1
+    assert frame.locator("h2").inner_text() == models[0].name
+    assert frame.locator(".picture img").first.get_attribute("alt") == Path(rankings[0].images[0]).name
+    assert models[1].name in page.locator("#message").inner_text()
+
     # Whatever is typed is shown, and nothing of it runs.
     typed = 'A ${1 + 1} {{2 + 2}} <img src="x" onerror="document.title = 1"> **cat** & `dog`'
     press_and_wait(f"The house. {typed}")
     assert typed in [row[0] for row in rows(1)]
+    assert page.locator("#explanation iframe").count() == 0
     assert page.locator("img[src=x]").count() == 0
     assert page.title() != "1"
 
