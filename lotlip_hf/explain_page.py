@@ -83,7 +83,9 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") show(kept = null);
   if (event.key === "Enter" && target(event)) target(event).click();
 });
-show(null);
+const keyed = [...document.querySelectorAll("[data-key]")];
+kept = keyed.find((one) => one.dataset.key === location.hash.slice(1)) || null; // page.html#0-s1: the second sentence
+show(kept);
 """
 
 

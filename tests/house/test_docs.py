@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ["README.md", "MODEL_CARD.md", *sorted(f"docs/{file.name}" for file in (REPOSITORY / "docs").glob("*.md"))]
 # Scripts that are run. Of the others, which `tests/examples/` run, only the options are parsed.
 RUN = ("align_text_encoder", "swap_text_encoder")
-OUTPUTS = ("--output", "--output_dir", "--save-grid", "--plot", "--model-index", "--dry-run")
+OUTPUTS = ("--output", "--output_dir", "--save-grid", "--plot", "--pictures", "--model-index", "--dry-run")
 
 
 class Parsed(BaseException):
