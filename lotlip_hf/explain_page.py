@@ -179,7 +179,7 @@ def draw(explanation: Explanation) -> Image.Image:
     drawn: list[tuple[float, float, str, str, tuple[int, int, int]]] = []
     left, top = float(margin), margin + 40
     for piece, word in _pieces(explanation, 0, len(explanation.text)):
-        for part in re.findall(r"\s+|\S+", printable(" ".join(piece.split("\n")))):
+        for part in re.findall(r"\s+|\S+", printable(re.sub(r"\s", " ", piece))):
             wide = text_font.getlength(part)
             if left + wide > width - margin and left > margin:
                 left, top = margin, top + line

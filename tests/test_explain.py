@@ -297,6 +297,10 @@ def test_the_page_in_a_browser(explanations: list[Explanation], tmp_path: Path) 
         browser.locator("summary").first.click()
         assert panels[0].locator("h3").all_inner_texts()[1].startswith("corner 1")
         assert set(asked) <= {"file", "data"}
+
+        browser.goto("about:blank")
+        browser.goto(f"{(tmp_path / 'page.html').as_uri()}#0-s1")  # the second sentence is chosen
+        assert shown() == [f"data:image/png;base64,{one}" for one in heat]
         assert errors == []
 
 
