@@ -137,3 +137,19 @@ def test_wrong_arguments(encoder: Encoder) -> None:
         word_alignment(PICTURES, TEXTS, Encoder.from_engine(engine))
     with pytest.raises(ValueError, match="`rows`"):
         word_alignment(PICTURES, TEXTS, encoder, rows="some")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_an_exchanged_word_has_the_lowest_value(tmp_path: Path) -> None:
+    """A small model that was trained against wrong captions, on other pictures. One word in 40 is exchanged."""
+    flags = "--data scenes --num-scenes 5000 --model scenes --num-sentences 0 --batch-size 64 --learning-rate 1.5e-3 "
+    flags += "--terms infonce negatives --max-steps 300 --num-workers 0 --trackers none"
+    assert main(["train", "--output", str(tmp_path), *flags.split()]) == 0
+    script = load_script("benchmarks/exchanged_words.py")
+    encoder = load_encoder(list_checkpoints(tmp_path)[-1], device="cpu")
+    captions = script.exchanged([scene(index, split="test") for index in range(120)], encoder)
+    found = script.measure(script.by_attention(encoder), captions)
+    assert found["lowest"] > 0.2
+    assert found["above"] > 0.65
+    assert found["below_true"] > 0.55
