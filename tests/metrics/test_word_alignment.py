@@ -11,10 +11,13 @@ from torch.nn import functional as F
 import tiny_clip
 from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.attribution import eager, relevance
+from lotlip_hf.cli import main
 from lotlip_hf.conversion.clip import convert
 from lotlip_hf.metrics import WordScore, token_relevance, word_alignment
 from lotlip_hf.scenes.dataset import long_captions, render, scene
 from lotlip_hf.scenes.small import small_model
+from lotlip_hf.training.checkpoint import list_checkpoints
+from scripts import load_script
 
 SCENES = [scene(index, split="test") for index in range(3)]
 PICTURES = [render(one) for one in SCENES]
