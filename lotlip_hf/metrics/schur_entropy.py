@@ -49,7 +49,7 @@ def schur_entropy(
     ```python
     >>> from lotlip_hf.metrics import schur_entropy
 
-    >>> schur_entropy(["photos/cat.png", "photos/dog.png"], ["a cat", "a cat"], "checkpoint") > 0
+    >>> schur_entropy(["photos/cat.png", "photos/dog.png"], ["a cat", "a cat"], "checkpoint") >= 0
     True
     ```
     """
