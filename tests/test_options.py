@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lotlip_hf.options import Parser, add_options, build, check, make_parser, option, options_of
+from lotlip_hf.options import Parser, add_options, build, check, make_parser, option, options_of, parse
 
 
 @dataclass
@@ -127,6 +127,26 @@ def test_help_has_groups_and_a_short_usage() -> None:
     assert re.findall(r"^\S.*:$", shown, re.MULTILINE) == ["Model:", "Input:", "General:"]
     flags = re.findall(r"^  (\S.*?)  ", shown, re.MULTILINE)
     assert flags == ["--model NAME", "--device NAME", "TEXT ...", "--fast", "-h, --help"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--name x", (None, [])),
+        ("text --name x", ("text", [])),
+        ("--files a b --name x text", ("text", ["a", "b"])),
+        ("text --files a b", ("text", ["a", "b"])),
+    ],
+)
+def test_a_positional_argument_with_a_default_may_be_left_out(words: str, expected: tuple[str, list[str]]) -> None:
+    @dataclass(kw_only=True)
+    class Optional:
+        text: str | None = option("its text", None, metavar="TEXT", positional=True)
+        name: str = option("its name", "x")
+        files: list[str] = option("its files", default_factory=list)
+
+    found = parse(Optional, words.split(), make_parser(Optional, prog="x"))
+    assert (found.text, found.files) == expected
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

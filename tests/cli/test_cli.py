@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import re
@@ -81,6 +82,44 @@ def test_search_prints_a_ranked_table(pair: Pair, photos: Path, run: Callable[..
         assert picture.width > 600
 
 
+@pytest.mark.parametrize(
+    ("words", "query"),
+    [
+        ("--like {like}", lambda text, like, unlike: like.mean(0)),
+        ("--like {like} --unlike {unlike}", lambda text, like, unlike: like.mean(0) - unlike.mean(0)),
+        ("{text} --unlike {unlike}", lambda text, like, unlike: text[0] - unlike.mean(0) / unlike.mean(0).norm()),
+        ("{text} --without {text2}", lambda text, like, unlike: text[0] - text[0] @ text[1] * text[1]),
+    ],
+)
+def test_search_by_other_images_and_without_a_text(
+    words: str, query: Any, pair: Pair, photos: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = {"like": [photos / "sub" / "c.png", tmp_path / "outside.png"], "unlike": [photos / "a.png"]}
+    Image.new("RGB", (30, 20), "red").save(files["like"][1])
+    texts, grid = {"text": LONG_TEXT, "text2": "A dog."}, tmp_path / "grid.png"
+    arguments = [
+        *itertools.chain.from_iterable(
+            files[word.strip("{}")] if word.strip("{}") in files else [texts.get(word.strip("{}"), word)]
+            for word in words.split()
+        ),
+        *("--images", photos, "--save-grid", grid),
+    ]
+    status, out, err = run("search", *arguments)
+    assert status == 0, err
+    assert str(grid) in err
+    encoder, names = Encoder(*pair), ["a.png", "b.png", "sub/c.png"]
+    like, unlike, images = (
+        encoder.encode_images(paths, progress=False)
+        for paths in (files["like"], files["unlike"], [photos / name for name in names])
+    )
+    wanted = query(encoder.encode_texts([*texts.values()], progress=False), like, unlike)
+    scores = (images @ (wanted / wanted.norm())).tolist()
+    expected = [
+        f"{score:.4f} {photos / name}" for score, name in sorted(zip(scores, names, strict=True), reverse=True)
+    ]
+    assert [" ".join(line.split()[1:]) for line in out.splitlines()[1:]] == expected
+
+
 def test_search_reports_what_it_skipped_and_cut(photos: Path, run: Callable[..., Any]) -> None:
     (photos / "text.jpg").write_text("no image")
     (photos / "line\nbreak.png").touch()
@@ -114,6 +153,10 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("search --model x --images {photos} --dtype int8 text", "dtype"),
         ("search --model x --imges {photos} text", "Did you mean --images"),
         ("search --model x --images {photos} two words", "Quote texts"),
+        ("search --model x --images {photos}", "--like"),
+        ("search --model x --images {photos} --unlike {photos}/a.png", "--like"),
+        ("search --model {model} --images {photos} --like {tmp}/no.png", "no.png"),
+        ("search --model {model} --images {photos} text --without text", "--without"),
         ("search --model {model} --images {tmp}/empty text", "empty"),
         ("search --model {model} --images {tmp}/missing text", "missing"),
         ("search --model {model} --images {photos} --device nowhere text", "nowhere"),
