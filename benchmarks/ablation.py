@@ -17,7 +17,8 @@ depend on the corner tokens, so these can be omitted at inference. Without the m
 has corner tokens in every text, short and long, in training and in evaluation. Retrieval uses only the feature of
 [CLS] in all settings.
 
-The group `methods` adds terms, teachers and strategies to `sentences-all`, which has whole captions. "True over false"
+The group `methods` adds terms, teachers and strategies to `sentences-all`, which has whole captions. The group
+`continued` trains its model for 150 more steps, with and without terms for trained models. "True over false"
 is the share of held-out pictures that are nearer to their caption than to the same caption with one wrong attribute.
 
 Four held-out scenes share each short caption, so R@1 with short captions is at most about 25 %.
@@ -32,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -85,6 +87,12 @@ AVERAGE = {
     "teacher": "ema",
     "teacher_momentum": 0.99,
 }
+NEGATIVES = {"terms": ["infonce", "negatives:0.3"]}
+TAGGED = {"terms": ["infonce", "tags"]}
+# Harder at the start than a model can learn from: only for a trained model.
+HARD = {"terms": ["infonce", "hard_negatives:0.3"], "term_options": ["hard_negatives.temperature=0.07"]}
+# A second stage of a model that was trained with whole captions and the same seed.
+CONTINUED = {"num_sentences": 0, "start_steps": 400, "max_steps": 150, "warmup_steps": 20, "learning_rate": 5e-4}
 
 
 class Setting(NamedTuple):
@@ -116,9 +124,8 @@ GROUPS: dict[str, list[Setting]] = {
         *(
             Setting(name, label, {"num_sentences": 0, **changes})
             for name, label, changes in (
-                ("negatives", "written\nnegatives", {"terms": ["infonce", "negatives"]}),
-                ("tags", "tags", {"terms": ["infonce", "tags:10"]}),
-                ("hard-negatives", "hard\nnegatives", {"terms": ["infonce", "hard_negatives"]}),
+                ("negatives", "written\nnegatives", NEGATIVES),
+                ("tags", "tags", TAGGED),
                 ("soft-labels", "soft\nlabels", {"terms": ["soft_labels"]}),
                 ("smoothing", "smoothed\nlabels", {"term_options": ["infonce.label_smoothing=0.1"]}),
                 ("components", "primary\ncomponents", {"terms": ["primary_components"]}),
@@ -127,12 +134,22 @@ GROUPS: dict[str, list[Setting]] = {
             )
         ),
     ],
+    "continued": [
+        Setting(f"continued-{name}", label, {**CONTINUED, **changes})
+        for name, label, changes in (
+            ("plain", "no further\nterm", {}),
+            ("negatives", "written\nnegatives", NEGATIVES),
+            ("tags", "tags", TAGGED),
+            ("hard-negatives", "hard\nnegatives", HARD),
+        )
+    ],
 }
 TITLES = {
     "captions": "Captions and corner tokens",
     "sentences": "Sentences of a sub-caption",
     "tokens": "Token limit",
     "methods": "Methods of others",
+    "continued": "Methods in a second stage",
 }
 # Two settings, and how the paper rates the first against the second, with long and with short captions. In the paper,
 # long captions without corner tokens lower the recall of short captions, and corner tokens restore it.
@@ -149,6 +166,7 @@ COMPARISONS = [
     ("tokens-192", "tokens-128", "better", "-"),
     ("tokens-256", "tokens-192", "the same", "-"),
     *((setting.name, "sentences-all", "-", "-") for setting in GROUPS["methods"][1:]),
+    *((setting.name, "continued-plain", "-", "-") for setting in GROUPS["continued"][1:]),
 ]
 RECALLS = [f"{length}_{way}_r1" for length in ("long", "short") for way in ("image_to_text", "text_to_image")]
 
@@ -252,14 +270,20 @@ def run(options: Mapping[str, Any]) -> dict[str, float]:
     Trains one model and evaluates it.
 
     Args:
-        options (`Mapping[str, Any]`): Options of [`TrainingConfig`], and `corner_mask`.
+        options (`Mapping[str, Any]`): Options of [`TrainingConfig`], `corner_mask`, and `start_steps`, the steps of a
+            first stage with the options of `BASE`.
 
     Returns:
         `dict[str, float]`: Recalls from the training log, and `long_cut`, the share of long captions in the evaluation
         that the token limit truncates.
     """
     options = dict(options)
-    has_mask = options.pop("corner_mask")
+    has_mask, start_steps = options.pop("corner_mask"), options.pop("start_steps", 0)
+    if start_steps:
+        start = {name: options[name] if name in options else BASE[name] for name in BASE if name != "corner_mask"}
+        of_start = {name: BASE[name] for name in ("learning_rate", "warmup_steps")} | {"max_steps": start_steps}
+        options["model"] = start_of(json.dumps({**start, **of_start, "seed": options["seed"]}, sort_keys=True)).name
+        del options["num_corner_tokens"], options["max_text_length"]  # those of the model
     with tempfile.TemporaryDirectory() as output:
         if any(term.startswith("tags") for term in options.get("terms", ())):
             Path(output, "tags.txt").write_text("\n".join(TAGS), encoding="utf-8")
@@ -276,6 +300,19 @@ def run(options: Mapping[str, Any]) -> dict[str, float]:
     recalls = {name: value for name, value in evaluation.items() if name not in ("step", "epoch")}
     chosen = eval_records.select(range(config.eval_samples))
     return {**recalls, "long_cut": cut, "true_over_false": true_over_false(Encoder(model, processor), chosen)}
+
+
+@cache
+def start_of(options: str) -> tempfile.TemporaryDirectory:
+    """Returns the folder of a model trained with options in JSON. The runs of a program share it."""
+    folder = tempfile.TemporaryDirectory()
+    config = TrainingConfig(**json.loads(options), output=f"{folder.name}/run", trackers=[], num_workers=0)
+    model, processor = load_or_start_model(config)
+    records, _ = load_data(config)
+    train(model, processor, records, config)
+    model.save_pretrained(folder.name)
+    processor.save_pretrained(folder.name)
+    return folder
 
 
 def true_over_false(encoder: Encoder, records: Dataset) -> float:
@@ -366,20 +403,22 @@ def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None
         )
     print(
         f"\nR@1 in % over {base['eval_samples']} held-out scenes (chance: {100 / base['eval_samples']:.1f} %) after "
-        f"{base['max_steps']} steps of {base['batch_size']} scenes. Mean and standard deviation over the seeds."
+        f"{base['max_steps']} steps of {base['batch_size']} scenes (a second stage: {CONTINUED['max_steps']}). "
+        "Mean and standard deviation over the seeds."
     )
     for group, settings in GROUPS.items():
         rows = [setting for setting in settings if setting.name in found]
         if not rows:
             continue
         columns = [name.removesuffix("_r1").replace("_", " ") for name in RECALLS]
-        last = "true over false" if group == "methods" else "truncated captions"
+        has_false = group in ("methods", "continued")
+        last = "true over false" if has_false else "truncated captions"
         print(f"\n| {TITLES[group]} | {' | '.join(columns)} | {last} | seeds | seconds per run |")
         print("|---|" + "---:|" * (len(columns) + 3))
         for setting in rows:
             runs = list(found[setting.name].values())
             cells = [_mean_and_spread([100 * one["results"][name] for one in runs]) for name in RECALLS]
-            if group == "methods":
+            if has_false:
                 cells += [_mean_and_spread([100 * one["results"]["true_over_false"] for one in runs])]
             else:
                 cells += [f"{100 * statistics.mean(one['results']['long_cut'] for one in runs):.0f} %"]
