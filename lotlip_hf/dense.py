@@ -72,7 +72,7 @@ def iterate_patches(
 ) -> Iterator[Tensor]:
     """Yields the normalised embeddings [h, w, D] of the patches of each image. The arguments are those of
     [`score_maps`]."""
-    engine, model = _lotlip(encoder)
+    engine, model = lotlip_engine(encoder)
     for start in range(0, len(images), batch_size):
         inputs = [
             _pixels(engine, image, start + index) for index, image in enumerate(images[start : start + batch_size])
@@ -118,9 +118,9 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
     2
     ```
     """
-    _, model = _lotlip(encoder)
+    _, model = lotlip_engine(encoder)
     if method == "auto":
-        method = "gradient" if _attentions(model.vision_model) else "patches"
+        method = "gradient" if can_calibrate(model) else "patches"
     if method == "gradient":
         maps = _relevance_maps(encoder, image, texts)
     else:
@@ -132,7 +132,7 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
 
 def _relevance_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str]) -> Tensor:
     """The relevance [S, h, w] of the patches for the similarity of an image with each text."""
-    engine, model = _lotlip(encoder)
+    engine, model = lotlip_engine(encoder)
     _check_attentions(model.vision_model)
     text_embeds = encoder.encode_texts(texts, progress=False).to(model.device)
     inputs = _pixels(engine, image, 0)
@@ -286,8 +286,8 @@ def _cluster(points: Tensor, number: int) -> Tensor:
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
 
 
-def _lotlip(encoder: Encoder) -> tuple[TorchEngine, LoTLIPModel]:
-    """The engine and the model of an encoder."""
+def lotlip_engine(encoder: Encoder) -> tuple[TorchEngine, LoTLIPModel]:
+    """Returns the engine and the model of an encoder. Raises a `ValueError` if the model is not a LoTLIP."""
     engine = encoder.engine
     if not isinstance(engine, TorchEngine) or not isinstance(engine.model, LoTLIPModel):
         raise ValueError(f"{encoder.name} is not a LoTLIP checkpoint, so features of patches are not supported.")
@@ -323,6 +323,11 @@ def _attentions(tower: LoTLIPVisionModel) -> list[Any]:
     """The modules of attention of all layers, or none if one lacks it."""
     modules = [_attention(layer) for layer in tower.config.family.layers(tower.backbone)]
     return modules if all(module is not None for module in modules) else []
+
+
+def can_calibrate(model: LoTLIPModel) -> bool:
+    """Whether [`calibrated`] and `"gradient"` heat maps fit the image tower."""
+    return bool(_attentions(model.vision_model))
 
 
 def _check_attentions(tower: LoTLIPVisionModel) -> None:

@@ -38,7 +38,7 @@ FLOORS = (
     ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
-    ("states",),
+    ("states", "attribution", "dense"),
     ("search", "grid", "embed"),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
     ("hub",),
