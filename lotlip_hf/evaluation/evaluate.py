@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         encoder (`Encoder`): The dual encoder.
-        data (`RetrievalData`, `ClassificationData` or `SegmentationData`): The data set, for example from
+        data (`RetrievalData` or `ClassificationData` or `SegmentationData`): The data set, for example from
             [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
         benchmark (`str`, *optional*): Name of the benchmark, such as `"iiw"`, which chooses the column of a report.
             Defaults to the name of `data`.
