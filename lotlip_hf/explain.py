@@ -12,13 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .attribution import eager
 from .data.sentences import split_sentences
+from .dense import heat_maps
 from .encoder import Encoder, load_encoder
-from .explain_parts import Word, eager, heat_maps, original_offsets, split_words, to_words, word_alignment
+from .engines.torch import evaluating
 from .images import ImageSource, image_source, load_image
+from .metrics.word_alignment import word_alignment
 from .modeling.calls_lotlip import for_one_call
 from .modeling.modeling_lotlip import LoTLIPModel
 from .modeling.sentences_lotlip import find_sentences
+from .words import Word, original_offsets, split_words, to_words
 
 SIDE = 640  # longest side of `Explanation.picture` in pixels
 
@@ -231,7 +235,7 @@ def _attentions(encoder: Encoder, text: str, words: Sequence[Word]) -> list[Atte
     encoding = for_one_call(tokenizer)([text], **options, return_offsets_mapping=True)
     offsets = original_offsets(tokenizer, text, encoding.pop("offset_mapping")[0])
     inputs = {name: value.to(encoder.device) for name, value in engine.pad(dict(encoding)).items()}
-    with eager(model), torch.inference_mode():
+    with evaluating(model), eager(model), torch.inference_mode():
         output = model.get_text_features(
             **inputs, output_attentions=True, output_corner_embeds=bool(config.num_corner_tokens)
         )

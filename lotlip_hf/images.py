@@ -395,6 +395,60 @@ def load_pixels(
         return dict(image_processor(images=[image], return_tensors="pt"))
 
 
+def load_mask(path: str | os.PathLike) -> torch.Tensor:
+    """
+    Reads a mask of classes.
+
+    Args:
+        path (`str` or `os.PathLike`): PNG file of 8 bits, whose pixels are gray values or indices of a palette.
+
+    Returns:
+        `torch.Tensor`: The gray values or indices, uint8 [H, W].
+
+    Raises:
+        `ImageError`: If the file cannot be read or has another format.
+    """
+    name = os.fspath(path)
+    with _image_errors(name), Image.open(io.BytesIO(read_image_bytes(path)), formats=["PNG"]) as image:
+        if image.mode not in ("L", "P"):
+            raise ImageError(name, f"a mask must have one channel of 8 bits, this has mode {image.mode}")
+        return torch.from_numpy(np.array(image))
+
+
+def kept_box(size: tuple[int, int], image_processor: Any) -> tuple[float, float, float, float]:
+    """
+    Finds the part of an image that an image processor keeps, which depends on its crop.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the image.
+        image_processor (`BaseImageProcessor`): Image processor.
+
+    Returns:
+        `tuple[float, float, float, float]`: Left, top, right and bottom edge, from 0 to 1 of the image.
+    """
+    width, height = (max(1, round(512 * side / max(size))) for side in size)
+    across, down = ((np.arange(side) + 0.5) / side * 255 for side in (width, height))
+    ramps = np.stack(np.broadcast_arrays(across, down[:, None], 0), axis=-1)  # red and green are x and y
+    pictures = [ramps, np.zeros_like(ramps), np.full_like(ramps, 255)]
+    pixels = [
+        load_pixels(np.rint(one).astype(np.uint8), image_processor=image_processor)["pixel_values"][0]
+        for one in pictures
+    ]
+    if pixels[0].dim() != 3:  # NaFlex keeps the whole image
+        return 0.0, 0.0, 1.0, 1.0
+    values, black, white = (one[:2].double().numpy() for one in pixels)
+    shares = (values - black) / (white - black)
+    edges = []
+    for line in (shares[0].mean(0), shares[1].mean(1)):  # coordinates of the centres of columns and rows
+        slope, start = np.polyfit(np.arange(len(line)) + 0.5, line, 1)
+        # Pixels have 256 values.
+        edges.append(
+            [min(1.0, max(0.0, round(256 * float(edge)) / 256)) for edge in (start, start + slope * len(line))]
+        )
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom
+
+
 def image_digest(source: ImageSource, name: str | None = None) -> str:
     """
     Computes the digest of an image's content: of the bytes of a file, or of the pixels of an image object.

@@ -13,8 +13,8 @@ from ..terminal import print_tables
 from .model import ModelOptions
 
 DESCRIPTION = """\
-Evaluate a model on a benchmark: retrieval in both directions, or zero-shot classification. Embeddings are kept, so an
-interrupted command continues when it is run again.
+Evaluate a model on a benchmark: retrieval in both directions, zero-shot classification or zero-shot segmentation.
+Embeddings are kept, so an interrupted command continues when it is run again.
 
   lotlip evaluate --list-tasks
   lotlip evaluate --model checkpoint --task urban1k --data Urban1k --output urban1k.json

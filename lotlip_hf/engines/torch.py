@@ -1,5 +1,6 @@
 """Engine for a dual encoder of transformers."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -131,25 +132,22 @@ class TorchEngine:
         return self._features(self.model.text_model if modality == "text" else self.model.vision_model, inputs)
 
     def _features(self, function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Runs in inference mode and restores the training mode of all modules."""
+        """Runs in evaluation and inference mode."""
+        inputs = self.on_device(inputs)
+        # Stock models have no option to compute only the pooled token.
+        options = {"pooled_only": True} if isinstance(self.model, LoTLIPModel) else {}
+        with evaluating(self.model), torch.inference_mode():
+            output = function(**inputs, **options)
+            return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs on the device of the model, and images in the dtype of the image tower."""
         # Only images are floats. The text tower may have another dtype.
         dtype = getattr(self.model, "vision_model", self.model).dtype
-        inputs = {
+        return {
             key: values.to(self.device, dtype if values.is_floating_point() else None)
             for key, values in inputs.items()
         }
-        # Stock models have no option to compute only the pooled token.
-        options = {"pooled_only": True} if isinstance(self.model, LoTLIPModel) else {}
-        in_training = [module for module in self.model.modules() if module.training]
-        try:
-            for module in in_training:
-                module.training = False
-            with torch.inference_mode():
-                output = function(**inputs, **options)
-                return output if isinstance(output, torch.Tensor) else output.pooler_output
-        finally:
-            for module in in_training:
-                module.training = True
 
     def settings(self, modality: Modality) -> dict[str, Any]:
         """Everything apart from the weights that determines a modality's features."""
@@ -171,6 +169,19 @@ class TorchEngine:
         for name in sorted(weights):
             if not of_images or (name in of_images) == (modality == "image"):
                 yield name, weights[name]
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Context in evaluation mode, which restores the training mode of all modules."""
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        for module in in_training:
+            module.training = False
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def image_digests(
         except ImageError as error:
             errors.append(f"{names[index]}: {error.reason}")
         digests.append(digest)
-    _refuse(gather_lists(errors), len(images))
+    refuse_unreadable(gather_lists(errors), len(images))
     shares = iter(gather_lists(digests))
     ordered = [""] * len(images)
     for first in range(world_size()):
@@ -196,7 +196,8 @@ def image_digests(
     return ordered
 
 
-def _refuse(errors: list[str], count: int) -> None:
+def refuse_unreadable(errors: list[str], count: int) -> None:
+    """Raises an `IncompleteDataError` if some of `count` images cannot be read."""
     if errors:
         more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise IncompleteDataError(
@@ -245,7 +246,7 @@ def _embed_units(
                 if kept is not None:
                     kept.add(keys, *encoded)
             bar.update(len(unit))
-    _refuse(gather_lists(list(errors)), len(digests))
+    refuse_unreadable(gather_lists(list(errors)), len(digests))
     # gathered parts contain all units of the first process, then those of the second, ...
     order = [i for first in range(world_size()) for unit in units[first :: world_size()] for i in unit]
     indices = np.argsort(order)

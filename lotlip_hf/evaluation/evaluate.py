@@ -14,9 +14,10 @@ from ..encoder import Encoder
 from ..files import printable, replacing
 from .embeddings import embed_images, embed_texts, image_digests
 from .retrieval import accuracies, retrieval_metrics, telling_metrics
+from .segmentation import segmentation_metrics
 from .studies import length_study, sentence_ablation
-from .tables import metric_table, study_table, table
-from .tasks import ClassificationData, RetrievalData
+from .tables import RETRIEVAL, SEGMENTATION, metric_table, study_table, table
+from .tasks import ClassificationData, RetrievalData, SegmentationData
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 
 LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "numpy")
@@ -24,7 +25,7 @@ LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "nump
 
 def evaluate(
     encoder: Encoder,
-    data: RetrievalData | ClassificationData,
+    data: RetrievalData | ClassificationData | SegmentationData,
     *,
     benchmark: str | None = None,
     model_name: str | None = None,
@@ -37,12 +38,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
-    classification for images with classes. With several processes (`accelerate launch`), each process encodes a share
-    of the data, and all return the same results.
+    classification for images with classes, zero-shot segmentation for images with masks. With several processes
+    (`accelerate launch`), each process encodes a share of the data, and all return the same results.
 
     Args:
         encoder (`Encoder`): The dual encoder.
-        data (`RetrievalData` or `ClassificationData`): The data set, for example from
+        data (`RetrievalData` or `ClassificationData` or `SegmentationData`): The data set, for example from
             [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
         benchmark (`str`, *optional*): Name of the benchmark, such as `"iiw"`, which chooses the column of a report.
             Defaults to the name of `data`.
@@ -86,16 +87,14 @@ def evaluate(
     _check(data)
     fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
-    image_embeds = embed_images(
-        encoder,
-        data.images,
-        names=data.image_names,
-        digests=digests,
-        cache=cache,
-        batch_size=batch_size or 32,
-        fingerprint=fingerprints["image"],
-        progress=progress,
-    )
+    of_images = {
+        "names": data.image_names,
+        "digests": digests,
+        "cache": cache,
+        "batch_size": batch_size or 32,
+        "fingerprint": fingerprints["image"],
+        "progress": progress,
+    }
     settings = {
         "cache": cache,
         "batch_size": batch_size or 64,
@@ -108,6 +107,7 @@ def evaluate(
         protocol["max_length_asked"] = max_length
     if isinstance(data, RetrievalData):
         task = "image-text-retrieval"
+        image_embeds = embed_images(encoder, data.images, **of_images)
         text_embeds, was_cut = embed_texts(encoder, data.texts, **settings)
         metrics = retrieval_metrics(image_embeds, text_embeds, data.text_to_image, bootstrap=bootstrap)
         protocol |= {
@@ -117,10 +117,15 @@ def evaluate(
             "bootstrap": bootstrap,
         }
     else:
-        task = "zero-shot-image-classification"
         class_embeds = class_embeddings(encoder, data.class_names, templates, **settings)
-        metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
         protocol |= {"templates": list(templates)}
+        if isinstance(data, SegmentationData):
+            task, options = SEGMENTATION, {"batch_size": batch_size or 32, "progress": progress}
+            metrics = segmentation_metrics(encoder, data, class_embeds, **options)
+        else:
+            task = "zero-shot-image-classification"
+            image_embeds = embed_images(encoder, data.images, **of_images)
+            metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
     record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": task, "metrics": telling_metrics(metrics, record["protocol"]), **record}
 
@@ -167,10 +172,14 @@ def study(
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
 
 
-def _check(data: RetrievalData | ClassificationData) -> None:
+def _check(data: RetrievalData | ClassificationData | SegmentationData) -> None:
     """Raises a `ValueError` if the indices of the data do not match its images, texts or classes."""
     if isinstance(data, RetrievalData):
         name, indices, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
+    elif isinstance(data, SegmentationData):
+        if len(data.masks) != len(data.images):
+            raise ValueError(f"`data.masks` has {len(data.masks)} masks. Pass {len(data.images)}.")
+        return
     else:
         name, indices, count, number = "labels", data.labels, len(data.images), len(data.class_names)
     if len(indices) != count or not all(0 <= int(index) < number for index in indices):
@@ -183,7 +192,7 @@ def _fingerprints(encoder: Encoder) -> dict[str, str]:
 
 def _record(
     encoder: Encoder,
-    data: RetrievalData | ClassificationData,
+    data: RetrievalData | ClassificationData | SegmentationData,
     fingerprints: dict[str, str],
     digests: Sequence[str],
     benchmark: str | None,
@@ -196,7 +205,9 @@ def _record(
         contents: Any = [list(data.texts), [int(index) for index in data.text_to_image]]
     else:
         counts = {"num_images": len(data.images), "num_classes": len(data.class_names)}
-        contents = [list(data.class_names), [int(label) for label in data.labels]]
+        is_segmentation = isinstance(data, SegmentationData)
+        labels = image_digests(data.masks, progress=False) if is_segmentation else [int(one) for one in data.labels]
+        contents = [list(data.class_names), labels]
     return {
         "model": model_name or encoder.name,
         "model_revision": encoder.revision,
@@ -244,7 +255,7 @@ def results_table(results: dict[str, Any]) -> str:
     if "study" in results:
         return f"{title}{protocol['num_texts']} texts\n" + study_table(results["study"], results["rows"])
     head, rows = metric_table(results["task"], results["metrics"])
-    if results["task"] == "zero-shot-image-classification":
+    if results["task"] != RETRIEVAL:
         return f"{title}{protocol['num_classes']} classes\n" + table([head], rows, "text", left=0)
     title += f"{protocol['num_texts']} texts ({protocol['num_texts_cut']} cut at {protocol['max_length']} tokens)"
     return f"{title}\n" + table([head], rows, "text")

@@ -13,7 +13,7 @@ from ..files import check_output, markdown_text, replacing
 from ..plots import COLOURS, check_plot, figure, save, wrapped
 from .published import PAPER, PAPER_COLUMNS, PUBLISHED
 from .runs import METRICS, Column, Run, Summary, summarise
-from .tables import RETRIEVAL, Format, metric_table, study_table, table
+from .tables import RETRIEVAL, SEGMENTATION, Format, metric_table, study_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +22,12 @@ PANEL_TITLES = {
     "image_to_text_r1": "R@1 (%), image to text",
     "text_to_image_r1": "R@1 (%), text to image",
     "accuracy_top1": "top-1 accuracy (%)",
+    "mean_iou": "mean IoU (%)",
 }
 DETAILS = {
     RETRIEVAL: "Retrieval runs in full",
     "zero-shot-image-classification": "Classification runs in full",
+    SEGMENTATION: "Segmentation runs in full",
 }
 STUDY_TITLES = {"length": "Texts cut at several lengths", "sentences": "One sentence removed"}
 # Hatches of bars. If there are more models than colours, the colours repeat with another hatch.
@@ -137,7 +139,7 @@ def report_tables(summary: Summary, format: Format = "text") -> str:
             ]
             for model in [*(f"{model} (published)" for model in PUBLISHED), *summary.models]
         ]
-        blocks += [title("R@1 and top-1 accuracy (%)"), table(head, body, format)]
+        blocks += [title("R@1, top-1 accuracy and mIoU (%)"), table(head, body, format)]
         blocks.append(_lines([f"Published: {PAPER}.", *summary.notes], format))
         for task, heading in DETAILS.items():
             own = [run for run in summary.runs.values() if run.task == task]

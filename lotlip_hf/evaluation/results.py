@@ -14,7 +14,10 @@ from .retrieval import telling_metrics
 # Kinds of captions of a data set
 CAPTIONS = ("all", "long", "short")
 # Names of metrics and study columns that are shares from 0 to 1
-SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut")
+SHARE = re.compile(
+    r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut|"
+    r"(calibrated_)?(mean_iou|pixel_accuracy)"
+)
 # String fields of a results file and of its `dataset`
 TEXTS = (
     *("task", "study", "model", "model_revision", "data_fingerprint", "dtype"),

@@ -17,12 +17,13 @@ from .benchmarks.registry import TASKS
 from .published import PAPER_COLUMNS
 from .results import CAPTIONS, SHARE, entries_of, parsed
 from .retrieval import telling_metrics
-from .tables import RETRIEVAL, STUDIES, study_table
+from .tables import RETRIEVAL, SEGMENTATION, STUDIES, study_table
 
 # Metrics that a report shows for each task.
 METRICS = {
     RETRIEVAL: {"image_to_text_r1": "I2T", "text_to_image_r1": "T2I"},
     "zero-shot-image-classification": {"accuracy_top1": "top-1"},
+    SEGMENTATION: {"mean_iou": "mIoU"},
 }
 # Fields of a protocol that are counts, or settings that do not change a number of the report.
 NO_RULES = {

@@ -16,6 +16,13 @@ ACCURACIES = {
     "accuracy_top5": "top-5 (%)",
     "mean_per_class_recall": "mean per class (%)",
 }
+SEGMENTATION = "image-segmentation"
+OVERLAPS = {
+    "mean_iou": "mIoU (%)",
+    "pixel_accuracy": "pixels (%)",
+    "calibrated_mean_iou": "calibrated mIoU (%)",
+    "calibrated_pixel_accuracy": "calibrated pixels (%)",
+}
 # Title, factor and format of each column of a study.
 STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
     "length": {
@@ -64,10 +71,10 @@ def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = 
 
 def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     """
-    Formats metrics for [`table`], with a row for each direction of retrieval or one row of accuracies.
+    Formats metrics for [`table`], with a row for each direction of retrieval or one row.
 
     Args:
-        task (`str`): `"image-text-retrieval"` or `"zero-shot-image-classification"`.
+        task (`str`): `"image-text-retrieval"`, `"zero-shot-image-classification"` or `"image-segmentation"`.
         metrics (`Mapping[str, float]`): Metrics by name: shares from 0 to 1, shown in percent, and ranks. A missing
             metric is shown as `-`.
 
@@ -79,7 +86,8 @@ def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], li
         return f"{100 * metrics[name]:.2f}" if name in metrics else "-"
 
     if task != RETRIEVAL:
-        return list(ACCURACIES.values()), [[percent(name) for name in ACCURACIES]]
+        shares = OVERLAPS if task == SEGMENTATION else ACCURACIES
+        return list(shares.values()), [[percent(name) for name in shares]]
     rows = []
     for direction, name in DIRECTIONS.items():
         low, high = percent(f"{direction}_r1_low"), percent(f"{direction}_r1_high")

@@ -1,5 +1,6 @@
-"""Data for an evaluation: images with texts, or images with classes."""
+"""Data for an evaluation: images with texts, with classes, or with masks of classes."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,28 @@ class ClassificationData:
     images: Sequence[ImageSource]
     image_names: Sequence[str]
     labels: Sequence[int]
+    class_names: Sequence[str]
+    split: str | None = None
+    revision: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """
+    Images and masks of classes. Fields not listed here are those of [`RetrievalData`].
+
+    Args:
+        masks (`Sequence[str | os.PathLike]`): PNG file of each image, [I], with the size of the image. A pixel
+            is an index in `class_names`, or 255 for a pixel that is not scored.
+        class_names (`Sequence[str]`): Names of the classes for prompts, [C].
+    """
+
+    id: str
+    name: str
+    images: Sequence[ImageSource]
+    image_names: Sequence[str]
+    masks: Sequence[str | os.PathLike]
     class_names: Sequence[str]
     split: str | None = None
     revision: str | None = None

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..attribution import eager, relevance
 from ..encoder import Encoder, load_encoder, warn_of_cut_texts
-from ..engines.torch import TorchEngine
+from ..engines.torch import TorchEngine, evaluating
 from ..images import ImageSource
 from ..modeling.backbones_lotlip import POOLINGS
 from ..modeling.calls_lotlip import for_one_call
@@ -136,7 +136,7 @@ def token_relevance(
     Returns:
         `torch.Tensor`: Values [N, L].
     """
-    with eager(model), _evaluating(model), torch.enable_grad():
+    with eager(model), evaluating(model), _with_graph(model), torch.enable_grad():
         output = model.get_text_features(**inputs, output_attentions=True)
         cosines = (F.normalize(output.pooler_output.float(), dim=-1) * image_embeds).sum(-1)
         attentions = output.attentions if layers is None else [output.attentions[layer] for layer in layers]
@@ -158,19 +158,14 @@ def _pooled_weights(model: LoTLIPModel, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Sets evaluation mode, and lets frozen models have gradients with respect to states."""
+def _with_graph(model: PreTrainedModel) -> Iterator[None]:
+    """Lets frozen models have gradients with respect to states."""
 
     def require(module: Any, args: Any, embeds: Tensor) -> Tensor:
         return embeds.requires_grad_()
 
-    in_training = [module for module in model.modules() if module.training]
     hook = getattr(model, "text_model", model).get_input_embeddings().register_forward_hook(require)
     try:
-        for module in in_training:
-            module.training = False
         yield
     finally:
         hook.remove()
-        for module in in_training:
-            module.training = True

@@ -246,9 +246,35 @@ def render(scene: Scene, image_size: int = 64) -> PILImage.Image:
     Returns:
         `PIL.Image.Image`: An RGB picture.
     """
+    picture = PILImage.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
+    for item, corner, stamp in _placed(scene, image_size):
+        picture.paste(COLOURS[item.colour], corner, stamp)
+    return picture
+
+
+def segments(scene: Scene, image_size: int = 64) -> PILImage.Image:
+    """
+    Draws which object each pixel of [`render`] shows.
+
+    Args:
+        scene (`Scene`): The scene.
+        image_size (`int`, *optional*, defaults to 64): Width and height in pixels.
+
+    Returns:
+        `PIL.Image.Image`: A picture of mode L. A pixel is the index in `COLOURS` of the object's colour, or 255, which
+        segmentation ignores, for the background.
+    """
+    picture = PILImage.new("L", (image_size, image_size), 255)
+    for item, corner, stamp in _placed(scene, image_size):
+        is_object = stamp.point([255 * (value > 127) for value in range(256)])
+        picture.paste(list(COLOURS).index(item.colour), corner, is_object)
+    return picture
+
+
+def _placed(scene: Scene, image_size: int) -> Iterator[tuple[SceneObject, tuple[int, int], PILImage.Image]]:
+    """Yields each shape of the picture: its object, its top left corner, and its mask."""
     random = Random(f"{scene.id} pixels")
     cell_size = image_size / GRID
-    picture = PILImage.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
     for item in scene.objects:
         row, column = divmod(item.cell, GRID)
         side = round(SIZES[item.size] * cell_size)
@@ -258,9 +284,7 @@ def render(scene: Scene, image_size: int = 64) -> PILImage.Image:
         x = (column + 0.5) * cell_size + random.uniform(-slack, slack)
         y = (row + 0.5) * cell_size + random.uniform(-slack, slack)
         for dx, dy in _arrangement(item.count):
-            corner = (round(x + dx * cell_size - side / 2), round(y + dy * cell_size - side / 2))
-            picture.paste(COLOURS[item.colour], corner, stamp)
-    return picture
+            yield item, (round(x + dx * cell_size - side / 2), round(y + dy * cell_size - side / 2)), stamp
 
 
 def _arrangement(count: int) -> tuple[tuple[float, float], ...]:
@@ -600,3 +624,24 @@ def _rows(num_scenes: int, seed: int, scenes_split: str, image_size: int, source
             "tags": tags(one),
             "regions": regions(one),
         }
+
+
+def write_segmentation(folder: str | Path, num_scenes: int = 500, split: str = "test", image_size: int = 64) -> None:
+    """
+    Writes scenes as a folder for `lotlip evaluate --task segmentation`: `images`, the masks of [`segments`] as
+    `masks`, and a class for each colour in `classes.txt`.
+
+    Args:
+        folder (`str` or `Path`): The folder. Existing files are overwritten.
+        num_scenes (`int`, *optional*, defaults to 500): Number of scenes.
+        split (`str`, *optional*, defaults to `"test"`): Split of the scenes.
+        image_size (`int`, *optional*, defaults to 64): Width and height in pixels.
+    """
+    folder = Path(folder)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for index in range(num_scenes):
+        one = scene(index, split=split)
+        render(one, image_size).save(folder / "images" / f"{index:05}.png")
+        segments(one, image_size).save(folder / "masks" / f"{index:05}.png")
+    (folder / "classes.txt").write_text("".join(f"{colour} shape\n" for colour in COLOURS), encoding="utf-8")

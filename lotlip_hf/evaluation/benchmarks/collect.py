@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from ...data.sentences import split_full_stops
 from ...images import ImageSource
-from ..tasks import ClassificationData, IncompleteDataError, RetrievalData
+from ..tasks import ClassificationData, IncompleteDataError, RetrievalData, SegmentationData
 from .files import ImageFinder, shown
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Options:
 @dataclass(frozen=True)
 class Row:
     """
-    An image of a benchmark, with its texts or its class.
+    An image of a benchmark, with its texts, its class or its mask.
 
     Args:
         name (`str`): Name of the image in messages.
@@ -73,6 +73,7 @@ class Row:
         load (`Callable`, *optional*): Function that returns the image if it is not a separate file.
         texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing caption.
         label (`int`, *optional*): Index of its class.
+        mask (`Path`, *optional*): PNG file of the class of each pixel.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     load: Callable[[], ImageSource] | None = None
     texts: Sequence[str | None] = ()
     label: int | None = None
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def normalize_caption(text: str) -> str:
     return ". ".join(split_full_stops(text))
 
 
-def collect(source: Source) -> RetrievalData | ClassificationData:
+def collect(source: Source) -> RetrievalData | ClassificationData | SegmentationData:
     """
     Reads a benchmark, finds its images and normalises its captions.
 
@@ -250,7 +252,7 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
         source (`Source`): The data of the task.
 
     Returns:
-        `RetrievalData` or `ClassificationData`: The data set.
+        `RetrievalData`, `ClassificationData` or `SegmentationData`: The data set.
 
     Raises:
         `IncompleteDataError`: If images, captions or classes are missing; the message names the first of each.
@@ -269,7 +271,7 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
         if image is None:
             name = os.path.relpath(row.images[0], source.data) if row.images else row.name
             missing.setdefault("images", []).append(name)
-        if source.classes is not None and row.label is None:
+        if source.classes is not None and row.label is None and row.mask is None:
             missing.setdefault("classes", []).append(row.name)
     texts, text_to_image = [], []
     normalize = task.normalize and options.captions != "short" if options.normalize is None else options.normalize
@@ -302,6 +304,10 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
     }
     if options.num_images is not None:
         source.protocol["first_images"] = options.num_images
+    masks = [row.mask for row in rows if row.mask is not None]
+    if source.classes is not None and masks:
+        source.protocol["class_names"] = source.classes.source
+        return SegmentationData(masks=masks, class_names=source.classes.names, **common)
     if source.classes is not None:
         labels = [cast(int, row.label) for row in rows]
         if wrong := sorted({label for label in labels if not 0 <= label < len(source.classes.names)}):

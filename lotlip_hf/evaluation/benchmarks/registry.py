@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from ...data.records import is_hub_name
-from ..tasks import ClassificationData, RetrievalData
+from ..tasks import ClassificationData, RetrievalData, SegmentationData
 from . import (
     classification,
     dci,
@@ -20,6 +20,7 @@ from . import (
     karpathy,
     retrieval,
     scenes,
+    segmentation,
     sharegpt4v,
     urban1k,
 )
@@ -39,6 +40,7 @@ TASKS = {
         imagenet.TASK,
         imagenet_v2.TASK,
         classification.TASK,
+        segmentation.TASK,
         retrieval.TASK,
         scenes.TASK,
     )
@@ -52,9 +54,9 @@ STUDIES = {
 
 def load_benchmark(
     task: str, data: str | os.PathLike | None = None, **options: Any
-) -> RetrievalData | ClassificationData:
+) -> RetrievalData | ClassificationData | SegmentationData:
     """
-    Reads a benchmark: images with texts, or images with classes.
+    Reads a benchmark: images with texts, with classes, or with masks of classes.
 
     Args:
         task (`str`): Key of a task in `TASKS`, such as `"iiw"`.
@@ -63,7 +65,7 @@ def load_benchmark(
         **options: Fields of [`~lotlip_hf.evaluation.benchmarks.collect.Options`] that the task supports.
 
     Returns:
-        `RetrievalData` or `ClassificationData`: The data set. Its `protocol` records the settings.
+        `RetrievalData`, `ClassificationData` or `SegmentationData`: The data set. Its `protocol` records the settings.
 
     Raises:
         `IncompleteDataError`: If images, captions or classes are missing. The message lists them and their source.
