@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
 from ..data.kept import KeptIds
+from ..data.masking import Masking, WordScores
 from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
 from ..files import write_json
 from ..images import set_max_image_pixels
@@ -177,6 +178,9 @@ class _Run:
 
         set_seed(config.seed, device_specific=True)
         self.objective = make_objective(config, model.config).to(accelerator.device)
+        word_scores = None if config.word_scores is None else WordScores(config.word_scores)
+        if word_scores is not None or "masked_labels" in self.objective.needs:
+            Masking(processor.tokenizer)  # an error now, not after the states of frozen towers are computed
         freeze(model, config, self.objective.needs)
         self.teacher = make_teacher(config, model, self.objective.needs, accelerator)
         starts = config.head_start == "ridge" and self.checkpoint is None
@@ -219,6 +223,9 @@ class _Run:
             return_text_keys="text_keys" in self.objective.needs,
             num_negatives=config.num_negatives if "negative_embeds" in self.objective.needs else 0,
             return_tags="tags" in self.objective.needs,
+            return_groups="groups" in self.objective.needs,
+            mask_words="masked_labels" in self.objective.needs,
+            word_scores=word_scores,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
