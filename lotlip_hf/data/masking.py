@@ -2,6 +2,7 @@
 
 import os
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from math import exp, isfinite
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from ..files import FileError, open_regular, parse_json, printable, read_json_lines
-from ..words import split_words, to_words
+from ..words import split_words
 from .kept import digest_of
 
 IGNORED = -100  # label of a token that is not predicted
@@ -145,11 +146,12 @@ class Masking:
                 f"{type(tokenizer).__name__} is not. Set its `mask_token` to a token of its vocabulary."
             )
         self.tokenizer = tokenizer
+        self.special = frozenset(tokenizer.all_special_ids)
 
     @cached_property
     def ordinary(self) -> list[int]:
         """The ids of all tokens that are not special."""
-        return sorted(set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids))
+        return sorted(set(self.tokenizer.get_vocab().values()) - self.special)
 
     def words(self, text: str, ids: torch.Tensor, offsets: torch.Tensor) -> tuple[list[str], list[list[int]]]:
         """
@@ -166,13 +168,16 @@ class Masking:
         sentences = getattr(self.tokenizer, "sentences", None)  # offsets of `LoTLIPTokenizer` are of the cleaned text
         start, end = getattr(self.tokenizer, "prompt_template", "{}").split("{}")
         cleaned = text if sentences is None else (self.tokenizer.sep_token or "").join(sentences(text))
-        stop = min(len(start + cleaned), int(offsets.max()))
-        found = [word for word in split_words((start + cleaned + end)[:stop]) if word.start >= len(start)]
-        owners = to_words(torch.eye(len(ids)), offsets.tolist(), found)  # [L, W]
-        owners[torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))] = 0
-        tokens = [owner.nonzero()[:, 0].tolist() for owner in owners.t()]
-        pairs = [(word.text, own) for word, own in zip(found, tokens, strict=True) if own]
-        return [word for word, _ in pairs], [own for _, own in pairs]
+        spans = offsets.tolist()
+        stop = min(len(start + cleaned), max(span[1] for span in spans))  # of the text that is not cut
+        words = [word for word in split_words((start + cleaned + end)[:stop]) if word.start >= len(start)]
+        starts, tokens = [word.start for word in words], [[] for _ in words]
+        for index, (token_id, (first, last)) in enumerate(zip(ids.tolist(), spans, strict=True)):
+            number = bisect_left(starts, last) - 1  # the last word that starts before the end of the token
+            if first < last and token_id not in self.special and number >= 0 and words[number].end > first:
+                tokens[number].append(index)
+        found = [(word.text, own) for word, own in zip(words, tokens, strict=True) if own]
+        return [word for word, _ in found], [own for _, own in found]
 
     def mask(
         self,
