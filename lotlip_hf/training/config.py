@@ -219,6 +219,9 @@ class TrainingConfig:
     num_negatives: int = option(
         "Negatives of a record to draw in each step, if a term uses them, such as negatives", 1, at_least=1
     )
+    num_regions: int = option(
+        "Regions of a record to draw in each step, if a term uses them, such as region_text", 4, at_least=1
+    )
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
     terms: list[str] = option(
