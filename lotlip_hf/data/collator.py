@@ -14,15 +14,15 @@ from transformers import ProcessorMixin
 from ..images import ImageError, background_of, load_image, load_pixels
 from .kept import digest_of
 from .masking import Masking, WordScores, noise_probability, prediction_probability
-from .record import Draw, Record, RecordError, ShardError, Texts, check_record, record_rng, texts_digest
+from .record import Draw, Record, RecordError, Region, ShardError, Texts, check_record, record_rng, texts_digest
 from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
 
 COUNTED = ("records", "broken_images", "broken_records", "broken_shards", "stand_ins")
 MAX_WARNINGS = 10  # per process
-# Texts of a row behind the long texts, in this order: their embeddings, and the tensor [B, n, ...] with their number
-RIDERS = {"negative_embeds": "negative_mask", "masked_embeds": "masked_labels"}
+# Riders are texts that follow the long texts of a row, in this order. Their embeddings, and a tensor [B, n, ...]
+RIDERS = {"negative_embeds": "negative_mask", "region_embeds": "box_mask", "masked_embeds": "masked_labels"}
 
 
 class ModelInputs(TypedDict):
@@ -47,6 +47,8 @@ class Batch(ModelInputs):
     texts: list[list[str]]  # [B][T + n], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
     negative_mask: torch.Tensor  # [B, n], `False` where a record lacks a negative, only with `num_negatives`
+    boxes: torch.Tensor  # [B, R, 4], x0, y0, x1, y1 in [0, 1], only with `num_regions`
+    box_mask: torch.Tensor  # [B, R], `False` where a record lacks a region, only with `num_regions`
     tags: torch.Tensor  # [B, K], digests of the tags, padded with 0, only with `return_tags`
     groups: torch.Tensor  # [B], digests of the groups, only with `return_groups`
     masked_labels: torch.Tensor  # [B, 1, L'], ids of the masked words, -100 elsewhere, only with `mask_words`
@@ -86,6 +88,10 @@ class LoTLIPCollator:
             `negative_mask` is `False`. With 0, negatives cost nothing: none is drawn, tokenised or embedded.
             `model(**batch)` does not accept `negative_mask`; [`~lotlip_hf.training.objective.embed`] splits the
             negatives off.
+        num_regions (`int`, *optional*, defaults to 0): Number of `regions` of a record to draw in a step, without
+            repetition. Their texts follow the negatives, and `boxes` has their boxes. Where a record has fewer, its
+            short caption and the box of the whole image fill the row, and `box_mask` is `False`. With 0, regions cost
+            nothing. `model(**batch)` does not accept `boxes` and `box_mask`.
         return_tags (`bool`, *optional*, defaults to `False`): Whether to add `tags` to batches: the digests of the
             tags of each record, for which case and white space do not matter. K is the largest number of tags in the
             batch, at least 1. Without it, tags cost nothing. `model(**batch)` does not accept `tags`.
@@ -137,6 +143,7 @@ class LoTLIPCollator:
         return_texts: bool = False,
         return_text_keys: bool = False,
         num_negatives: int = 0,
+        num_regions: int = 0,
         return_tags: bool = False,
         return_groups: bool = False,
         mask_words: bool = False,
@@ -147,8 +154,9 @@ class LoTLIPCollator:
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
         if not 0 <= patch_dropout < 1 or (patch_dropout and not patch_size):
             raise ValueError(f"`patch_dropout` must be in [0, 1) and needs `patch_size`, got {patch_dropout}.")
-        if num_negatives < 0:
-            raise ValueError(f"`num_negatives` must be at least 0, got {num_negatives}.")
+        for name, number in (("num_negatives", num_negatives), ("num_regions", num_regions)):
+            if number < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {number}.")
         if "text" in frozen and (mask_words or word_scores is not None):
             raise ValueError("`mask_words` and `word_scores` need token ids. Leave texts out of `frozen`.")
         self.processor = processor
@@ -162,6 +170,7 @@ class LoTLIPCollator:
         self.return_texts = return_texts
         self.return_text_keys = return_text_keys
         self.num_negatives = num_negatives
+        self.num_regions = num_regions
         self.return_tags = return_tags
         self.return_groups = return_groups
         self.mask_words, self.word_scores = mask_words, word_scores
@@ -252,8 +261,12 @@ class LoTLIPCollator:
         negatives = [
             _draw_negatives(record, self.num_negatives, rng) for record, rng in zip(checked, rngs, strict=True)
         ]
+        regions = [_draw_regions(record, self.num_regions, rng) for record, rng in zip(checked, rngs, strict=True)]
         masked = [(drawn.long or [drawn.short])[:1] if self.mask_words else [] for drawn in texts]
-        rows = [[*drawn.long, *own, *last] for drawn, (own, _), last in zip(texts, negatives, masked, strict=True)]
+        rows = [
+            [*drawn.long, *own, *(region["text"] for region in drawn_regions), *last]
+            for drawn, (own, _), (drawn_regions, _), last in zip(texts, negatives, regions, masked, strict=True)
+        ]
         if "text" not in self.frozen:
             options = {"return_tensors": "pt", "return_offsets_mapping": self.masking is not None}
             short = self.processor(text=[drawn.short for drawn in texts], **options)
@@ -270,6 +283,10 @@ class LoTLIPCollator:
             batch["text_keys"] = torch.tensor([_text_keys(*pair) for pair in zip(checked, texts, strict=True)])
         if self.num_negatives:
             batch["negative_mask"] = torch.tensor([mask for _, mask in negatives])
+        if self.num_regions:
+            boxes = [[region["box"] for region in drawn_regions] for drawn_regions, _ in regions]
+            batch["boxes"] = torch.tensor(boxes, dtype=torch.float32)
+            batch["box_mask"] = torch.tensor([mask for _, mask in regions])
         if self.return_tags:
             batch["tags"] = _tag_keys(checked)
         if self.return_groups:
@@ -346,8 +363,8 @@ def image_key(record: Mapping[str, Any]) -> str:
 
 
 def num_riders(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the numbers of the last texts of each record that are no short or long texts, by their embeddings."""
-    return {name: batch[number].shape[1] for name, number in RIDERS.items() if number in batch}
+    """Returns the numbers of the riders of each record, the last of its texts, by the name of their embeddings."""
+    return {name: batch[tensor].shape[1] for name, tensor in RIDERS.items() if tensor in batch}
 
 
 def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str], list[bool]]:
@@ -356,6 +373,15 @@ def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str]
     drawn = rng.sample(known, min(number, len(known)))
     rest = number - len(drawn)
     return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
+
+
+def _draw_regions(record: Record, number: int, rng: Random) -> tuple[list[Region], list[bool]]:
+    """Returns regions of a record, filled up with its image and short caption, and which of them are regions."""
+    known = [region for region in record.get("regions", []) if region["text"].strip()]
+    drawn = rng.sample(known, min(number, len(known)))
+    rest = number - len(drawn)
+    whole = Region(box=[0.0, 0.0, 1.0, 1.0], text=record["short_caption"])
+    return drawn + [whole] * rest, [True] * len(drawn) + [False] * rest
 
 
 def group_key(record: Record) -> int:

@@ -219,6 +219,9 @@ class TrainingConfig:
     num_negatives: int = option(
         "Negatives of a record to draw in each step, if a term uses them, such as negatives", 1, at_least=1
     )
+    num_regions: int = option(
+        "Regions of a record to draw in each step, if a term uses them, such as region_text", 4, at_least=1
+    )
     word_scores: str | None = option(
         "File of scores of words, as examples/score_words.py writes it: words that an image contradicts are masked in "
         "its texts at random, and the term masked_words predicts words that it supports (default: masked_words "

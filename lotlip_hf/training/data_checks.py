@@ -32,7 +32,8 @@ MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
 FLAT = 8  # maximum difference between the values of a channel in an image of one colour
 SHOWN = 60  # characters of a caption
-ROLES = {"negative_embeds": "negatives", "tags": "tags"}  # tensors that terms need, and their fields
+# Tensors that terms need, and their fields
+ROLES = {"negative_embeds": "negatives", "tags": "tags", "region_embeds": "regions"}
 
 
 def warn_of_data(

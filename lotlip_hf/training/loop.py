@@ -222,6 +222,7 @@ class _Run:
             read_for_teacher=None if self.teacher is None else self.teacher.read,
             return_text_keys="text_keys" in self.objective.needs,
             num_negatives=config.num_negatives if "negative_embeds" in self.objective.needs else 0,
+            num_regions=config.num_regions if "region_embeds" in self.objective.needs else 0,
             return_tags="tags" in self.objective.needs,
             return_groups="groups" in self.objective.needs,
             mask_words="masked_labels" in self.objective.needs,

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..data.collator import ModelInputs, num_riders
+from ..data.collator import RIDERS, ModelInputs, num_riders
 from ..distributed import average_gradient
 from ..modeling.configuration_lotlip import LoTLIPConfig
 from .config import TrainingConfig
@@ -21,7 +21,7 @@ from .terms.views import Views
 IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes", "kept_patches", "image_states"}
 IMAGE_EMBEDS = {"image_embeds", "patch_embeds"}
 TOKEN_EMBEDS = {"token_embeds", "masked_token_embeds"}
-TEXT_EMBEDS = {"text_embeds", "corner_embeds", "negative_embeds"} | TOKEN_EMBEDS
+TEXT_EMBEDS = {"text_embeds", "corner_embeds", *TOKEN_EMBEDS, *RIDERS}
 
 
 class Objective(nn.Module):
@@ -124,17 +124,18 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     Args:
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
-            or without `long_input_ids` [B, T - 1, L']. The last texts of a row are those of
-            [`~lotlip_hf.data.collator.RIDERS`] that the batch has, such as negatives. Further tensors in `needs` are
-            returned unchanged.
+            or without `long_input_ids` [B, T - 1, L']. With `negative_mask` [B, n] and `box_mask` [B, R], n
+            negatives and R texts of regions follow the long texts of a row. Further tensors in `needs` are returned
+            unchanged.
         needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim],
         `text_embeds` [B, T, dim] with the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
-        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim]. `patch_embeds` are
-        [B, P, dim], and `token_embeds` [B, T, L, dim] are those of texts padded to the longest, with `token_mask`
-        [B, T, L]. `masked_token_embeds` [B, L', dim] and `masked_token_mask` [B, L'] are those of the masked text.
+        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim] and
+        `region_embeds` [B, R, dim]. `patch_embeds` are [B, P, dim], and `token_embeds` [B, T, L, dim] are those of
+        texts padded to the longest, with `token_mask` [B, T, L]. `masked_token_embeds` [B, L', dim] and
+        `masked_token_mask` [B, L'] are those of the masked text.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
@@ -152,29 +153,28 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     if texts is not None and texts.dim() == 2:
         texts = texts.unsqueeze(1)
     embeds = {"image_embeds": outputs.image_embeds, "text_embeds": texts, "corner_embeds": corners}
-    embeds |= {"patch_embeds": outputs.patch_embeds, **_tokens(outputs, inputs, riders)}
-    if texts is not None:
+    embeds |= {"patch_embeds": outputs.patch_embeds, **_tokens(outputs, inputs, num_long)}
+    if "masked_labels" in tensors and outputs.long_token_embeds is not None:  # of the last rider
+        embeds["masked_token_embeds"] = outputs.long_token_embeds[:, -1]
+        embeds["masked_token_mask"] = inputs["long_attention_mask"][:, -1].bool()
+    if riders and texts is not None:
         sizes = [texts.shape[1] - sum(riders.values()), *riders.values()]
         embeds |= dict(zip(("text_embeds", *riders), texts.split(sizes, dim=1), strict=True))
-        embeds["corner_embeds"] = corners if corners is None else corners[:, :num_long]
+        if corners is not None:
+            embeds["corner_embeds"] = corners[:, :num_long]
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
 
 
-def _tokens(outputs: Any, inputs: Mapping[str, torch.Tensor], riders: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Returns the tokens [B, T, L, dim] of short and long texts, those of the masked text, and their masks."""
+def _tokens(outputs: Any, inputs: Mapping[str, torch.Tensor], num_long: int) -> dict[str, torch.Tensor]:
+    """Returns the tokens [B, T, L, dim] of short and long texts and their mask [B, T, L], without riders."""
     if outputs.token_embeds is None:
         return {}
     embeds, masks = [outputs.token_embeds.unsqueeze(1)], [inputs["attention_mask"].unsqueeze(1)]
     if outputs.long_token_embeds is not None:
-        stop = outputs.long_token_embeds.shape[1] - sum(riders.values())
-        embeds.append(outputs.long_token_embeds[:, :stop])
-        masks.append(inputs["long_attention_mask"][:, :stop])
+        embeds.append(outputs.long_token_embeds[:, :num_long])
+        masks.append(inputs["long_attention_mask"][:, :num_long])
     longest = max(mask.shape[2] for mask in masks)
-    masked = {}
-    if "masked_embeds" in riders:  # the last of all riders
-        masked["masked_token_embeds"] = outputs.long_token_embeds[:, -1]
-        masked["masked_token_mask"] = inputs["long_attention_mask"][:, -1].bool()
-    return masked | {
+    return {
         "token_embeds": torch.cat([F.pad(each, (0, 0, 0, longest - each.shape[2])) for each in embeds], dim=1),
         "token_mask": torch.cat([F.pad(mask.bool(), (0, longest - mask.shape[2])) for mask in masks], dim=1),
     }
