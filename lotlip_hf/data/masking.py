@@ -5,7 +5,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
-from math import exp, isfinite
+from math import exp
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from ..files import FileError, open_regular, parse_json, printable, read_json_lines
 from ..words import split_words
 from .kept import digest_of
+from .record import MAX_FLOAT
 
 IGNORED = -100  # label of a token that is not predicted
 UNIFORM = 0.15  # probability of a word without a score to be predicted, as in BERT
@@ -70,7 +71,11 @@ class WordScores:
             return []
         with open_regular(self.file) as opened:
             opened.seek(int(self.starts[index]))
-            value = parse_json(opened.readline(MAX_LINE))
+            line = opened.readline(MAX_LINE)
+        try:
+            value = parse_json(line)
+        except ValueError:
+            value = None
         if not _is_scored(value) or value["id"] != record_id:
             raise FileError(self.file, f"changed during the run: record {printable(record_id)} is not where it was")
         return value["texts"]
@@ -123,8 +128,8 @@ def _is_scored(value: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     match value:
-        case [str(), float() | int() as score]:
-            return isfinite(score)
+        case [str(), score]:
+            return type(score) in (int, float) and abs(score) <= MAX_FLOAT  # not for NaN
     return False
 
 
@@ -165,12 +170,11 @@ class Masking:
         Returns:
             `tuple`: The words, and the indices of the tokens of each.
         """
-        sentences = getattr(self.tokenizer, "sentences", None)  # offsets of `LoTLIPTokenizer` are of the cleaned text
-        start, end = getattr(self.tokenizer, "prompt_template", "{}").split("{}")
-        cleaned = text if sentences is None else (self.tokenizer.sep_token or "").join(sentences(text))
+        prepared = getattr(self.tokenizer, "offset_text", str)(text)  # `LoTLIPTokenizer` cleans texts
+        start, end = map(len, getattr(self.tokenizer, "prompt_template", "{}").split("{}"))
         spans = offsets.tolist()
-        stop = min(len(start + cleaned), max(span[1] for span in spans))  # of the text that is not cut
-        words = [word for word in split_words((start + cleaned + end)[:stop]) if word.start >= len(start)]
+        stop = min(len(prepared) - end, max(span[1] for span in spans))  # of the text that is not cut
+        words = [word for word in split_words(prepared[:stop]) if word.start >= start]
         starts, tokens = [word.start for word in words], [[] for _ in words]
         for index, (token_id, (first, last)) in enumerate(zip(ids.tolist(), spans, strict=True)):
             number = bisect_left(starts, last) - 1  # the last word that starts before the end of the token

@@ -8,7 +8,7 @@ from ...data.masking import IGNORED
 from ...distributed import sum_over_ranks, world_size
 from .views import Views
 
-MEMORY = ("pixel_attention_mask", "kept_patches")  # if the batch has them
+PATCHES = ("pixel_attention_mask", "kept_patches")  # tensors that some batches have
 
 
 class MaskedWords(nn.Module):
@@ -30,7 +30,7 @@ class MaskedWords(nn.Module):
         `ValueError`: If `num_layers` is below 1.
     """
 
-    needs = frozenset({"patch_embeds", "masked_token_embeds", "masked_token_mask", "masked_labels", *MEMORY})
+    needs = frozenset({"patch_embeds", "masked_token_embeds", "masked_token_mask", "masked_labels", *PATCHES})
 
     def __init__(self, num_layers: int = 4, projection_dim: int = 512, vocab_size: int = 30522) -> None:
         super().__init__()
@@ -45,18 +45,24 @@ class MaskedWords(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, vocab_size))
 
     def forward(self, views: Views) -> torch.Tensor:
-        labels, patches = views["masked_labels"].squeeze(1), self.patch_norm(views["patch_embeds"])
-        tokens, padding = self.token_norm(views["masked_token_embeds"]), ~views["masked_token_mask"]
-        seen = self.attention(tokens, patches, patches, _padding_of_patches(views), need_weights=False)[0]
+        labels = views["masked_labels"].squeeze(1)
+        patches, tokens = self.patch_norm(_filled(views["patch_embeds"])), _filled(views["masked_token_embeds"])
+        padding = ~_filled(views["masked_token_mask"])
+        seen = self.attention(self.token_norm(tokens), patches, patches, _padding_of_patches(views))[0]
         is_masked = labels != IGNORED
-        logits = self.head(self.layers(seen, src_key_padding_mask=padding)[is_masked])
+        logits = self.head(self.layers(seen, src_key_padding_mask=padding)[: len(labels)][is_masked])
         loss = F.cross_entropy(logits, labels[is_masked], reduction="sum")
         return loss * world_size() / sum_over_ranks(is_masked.sum()).clamp(min=1)
 
 
+def _filled(tensor: torch.Tensor) -> torch.Tensor:
+    """Adds a sample to a batch without samples, which attention refuses."""
+    return tensor if len(tensor) else torch.cat([tensor, tensor.new_ones(1, *tensor.shape[1:])])
+
+
 def _padding_of_patches(views: Views) -> torch.Tensor | None:
     """Returns which of the embedded patches [b, P] are padding, for SigLIP 2 NaFlex."""
-    mask, kept = (views.get(name) for name in MEMORY)
+    mask, kept = (views.get(name) for name in PATCHES)
     if mask is None:
         return None
-    return (mask if kept is None else mask.gather(1, kept)) == 0
+    return ~_filled((mask if kept is None else mask.gather(1, kept)).bool())
