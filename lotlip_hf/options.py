@@ -292,6 +292,8 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any, has_positional: b
     else:
         settings |= {"nargs": "?", "const": True, "metavar": "false"}
     if field.metadata["positional"]:
+        if not _is_required(field):
+            settings |= {"nargs": "?", "default": argparse.SUPPRESS}
         group.add_argument(field.name, **settings)
         return
     flag = field.name.replace("_", "-")

@@ -6,7 +6,12 @@ Metrics of images and texts. `RetrievalRecall` and `ZeroShotAccuracy` are `evalu
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .caption_reward import aggregate, caption_reward, caption_reward_of
 from .clip_score import CLIPScores, clip_score
+from .composed_score import composed_features, composed_score
+from .direction import direction, direction_of
+from .schur_entropy import schur_entropy, schur_entropy_of, text_part, without_text
+from .word_alignment import WordScore, token_relevance, word_alignment
 
 if TYPE_CHECKING:
     from .retrieval_recall.retrieval_recall import RetrievalRecall as RetrievalRecall
@@ -27,4 +32,21 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"{name} needs evaluate: pip install 'lotlip-hf[evaluation]'") from error
 
 
-__all__ = ["CLIPScores", "clip_score"]
+__all__ = [
+    "CLIPScores",
+    "WordScore",
+    "aggregate",
+    "caption_reward",
+    "caption_reward_of",
+    "clip_score",
+    "composed_features",
+    "composed_score",
+    "direction",
+    "direction_of",
+    "schur_entropy",
+    "schur_entropy_of",
+    "text_part",
+    "token_relevance",
+    "without_text",
+    "word_alignment",
+]

@@ -71,12 +71,7 @@ def clip_score(
     """
     if on_truncation not in get_args(OnTruncation):
         raise ValueError(f"`on_truncation` is {on_truncation!r}. Pass one of {', '.join(get_args(OnTruncation))}.")
-    images, texts = _as_list("images", images), _as_list("texts", texts)
-    if len(images) != len(texts) or not images:
-        raise ValueError(
-            f"Got {len(images)} images and {len(texts)} texts. Pass `images` and `texts` as lists of the same length, "
-            "not empty."
-        )
+    images, texts = as_pairs(images, texts)
     if not isinstance(encoder, Encoder):
         encoder = load_encoder(encoder)
     max_length = encoder.max_text_length
@@ -94,6 +89,17 @@ def clip_score(
     image_embeds = encoder.encode_images(images, batch_size=batch_size, progress=progress)
     scores = 100 * (image_embeds * text_embeds).sum(1).clamp(min=0)
     return CLIPScores(scores, scores.double().mean().item(), len(cut))
+
+
+def as_pairs(images: Iterable[ImageSource], texts: Iterable[str]) -> tuple[list[ImageSource], list[str]]:
+    """Returns lists of N images and N texts, N > 0."""
+    images, texts = _as_list("images", images), _as_list("texts", texts)
+    if len(images) != len(texts) or not images:
+        raise ValueError(
+            f"Got {len(images)} images and {len(texts)} texts. Pass `images` and `texts` as lists of the same length, "
+            "not empty."
+        )
+    return images, texts
 
 
 def _as_list(name: str, items: Iterable[Any]) -> list[Any]:
