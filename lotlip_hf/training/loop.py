@@ -234,7 +234,8 @@ class _Run:
             is_counted = isinstance(eval_records, Dataset)
             num_held_out = min(config.eval_samples, len(eval_records)) if is_counted else None
             terms = dict(self.objective.terms) if check_data else None
-            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, terms=terms)
+            options = {"terms": terms, "word_scores": word_scores}
+            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, **options)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
