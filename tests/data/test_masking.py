@@ -1,6 +1,8 @@
 """Masked words: their probabilities, which tokens they are, the file of scores, and what a batch has."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +18,8 @@ from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.files import FileError, LineError
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
+from tiny_clip import clip_tokenizer
+from tiny_tokenizers import toy_llama, toy_qwen, toy_roberta
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,26 @@ def test_words_are_those_of_the_text(
     assert found == words.split()
     pieces = ["".join(tokenizer.convert_ids_to_tokens(ids[own].tolist())).replace("##", "") for own in tokens]
     assert pieces == words.lower().split()
+
+
+@pytest.mark.parametrize("make", [toy_roberta, toy_qwen, toy_llama, clip_tokenizer])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_words_of_other_tokenizers(make: Callable[[], Any], is_wrapped: bool) -> None:
+    tokenizer = make()
+    tokenizer.mask_token = tokenizer.mask_token or tokenizer.convert_ids_to_tokens(5)
+    if is_wrapped:
+        has_separator = tokenizer.sep_token is not None
+        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(tokenizer, split_sentences=has_separator)
+    text = "a cat sleeps. the cat's  red, big"
+    encoding = tokenizer([text], return_tensors="pt", return_offsets_mapping=True)
+    ids = encoding["input_ids"][0]
+    found, tokens = Masking(tokenizer).words(text, ids, encoding["offset_mapping"][0])
+    assert found == ["a", "cat", "sleeps", "the", "cat's", "red", "big"]
+    pieces = ["".join(tokenizer.convert_ids_to_tokens(ids[own].tolist())) for own in tokens]
+    for sign in ("</w>", "Ġ", "▁"):
+        pieces = [piece.replace(sign, "") for piece in pieces]
+    bytes_of = {f"<0x{ord(one):02X}>": one for one in "' acstbighredlp"}  # of Llama
+    assert [re.sub("<0x..>", lambda found: bytes_of[found[0]], piece) for piece in pieces] == found
 
 
 def test_shares_of_masked_words(scenes_processor: LoTLIPProcessor) -> None:
