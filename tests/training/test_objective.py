@@ -215,7 +215,8 @@ def masked_words(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) ->
     losses = []
     for patches, tokens, mask, (labels,) in zip(*(embeds[name] for name in names), strict=True):
         patches, tokens = term.patch_norm(patches), term.token_norm(tokens[mask])
-        logits = term.head(term.layers(term.attention(tokens, patches, patches)[0].unsqueeze(0)))[0]
+        seen = tokens + term.attention(tokens, patches, patches)[0]
+        logits = term.head(term.layers(seen.unsqueeze(0)))[0]
         losses += [-row.log_softmax(0)[label] for row, label in zip(logits, labels[mask], strict=True) if label >= 0]
     return torch.stack(losses).mean()
 

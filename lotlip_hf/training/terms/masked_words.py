@@ -14,9 +14,9 @@ PATCHES = ("pixel_attention_mask", "kept_patches")  # tensors that some batches 
 class MaskedWords(nn.Module):
     """
     The prediction of masked words of GA-DMS (https://arxiv.org/abs/2509.09118): cross entropy of the tokens that are
-    masked in a text of an image, averaged over the masked tokens of all processes. As in GA-DMS, the head computes the
-    attention from tokens to patches, without a residual connection, so that each token becomes what it sees. Layers of
-    attention between tokens and a classifier follow.
+    masked in a text of an image, averaged over the masked tokens of all processes. The head adds to each token what it
+    sees by attention to the patches. Layers of attention between tokens and a classifier follow. GA-DMS has no residual
+    connection around the first attention, with which the head learns sooner, and makes more use of the image.
 
     Words are masked by their scores with `--word-scores`, else uniformly, as LightCLIP does
     (https://arxiv.org/abs/2312.00674). GA-DMS has weight 0.3.
@@ -48,7 +48,8 @@ class MaskedWords(nn.Module):
         labels = views["masked_labels"].squeeze(1)
         patches, tokens = self.patch_norm(_filled(views["patch_embeds"])), _filled(views["masked_token_embeds"])
         padding = ~_filled(views["masked_token_mask"])
-        seen = self.attention(self.token_norm(tokens), patches, patches, _padding_of_patches(views))[0]
+        tokens = self.token_norm(tokens)
+        seen = tokens + self.attention(tokens, patches, patches, _padding_of_patches(views))[0]
         is_masked = labels != IGNORED
         logits = self.head(self.layers(seen, src_key_padding_mask=padding)[: len(labels)][is_masked])
         loss = F.cross_entropy(logits, labels[is_masked], reduction="sum")
