@@ -15,8 +15,8 @@ class MaskedWords(nn.Module):
     """
     The prediction of masked words of GA-DMS (https://arxiv.org/abs/2509.09118): cross entropy of the tokens that are
     masked in a text of an image, averaged over the masked tokens of all processes. The head adds to each token what it
-    sees by attention to the patches. Layers of attention between tokens and a classifier follow. GA-DMS has no residual
-    connection around the first attention, with which the head learns sooner, and makes more use of the image.
+    sees by attention to the patches. Layers of attention between tokens and a classifier follow. GA-DMS has no
+    residual connection around the first attention. With it the head learns sooner, and makes more use of the image.
 
     Words are masked by their scores with `--word-scores`, else uniformly, as LightCLIP does
     (https://arxiv.org/abs/2312.00674). GA-DMS has weight 0.3.
