@@ -12,13 +12,17 @@ import torch
 from transformers import ProcessorMixin
 
 from ..images import ImageError, background_of, load_image, load_pixels
-from .record import Draw, Record, RecordError, ShardError, Texts, check_record, record_rng, texts_digest
+from .kept import digest_of
+from .masking import Masking, WordScores, noise_probability, prediction_probability
+from .record import Draw, Record, RecordError, Region, ShardError, Texts, check_record, record_rng, texts_digest
 from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
 
 COUNTED = ("records", "broken_images", "broken_records", "broken_shards", "stand_ins")
 MAX_WARNINGS = 10  # per process
+# Riders are texts that follow the long texts of a row, in this order. Their embeddings, and a tensor [B, n, ...]
+RIDERS = {"negative_embeds": "negative_mask", "region_embeds": "box_mask", "masked_embeds": "masked_labels"}
 
 
 class ModelInputs(TypedDict):
@@ -29,7 +33,7 @@ class ModelInputs(TypedDict):
     spatial_shapes: torch.Tensor  # [B, 2], height and width in patches, only for SigLIP 2 NaFlex
     input_ids: torch.Tensor  # [B, L], short texts
     attention_mask: torch.Tensor  # [B, L]
-    long_input_ids: torch.Tensor  # [B, T - 1 + n, L'], long texts, then n negatives; missing if there are none
+    long_input_ids: torch.Tensor  # [B, T - 1 + n, L'], long texts, then n riders; missing if there are none
     long_attention_mask: torch.Tensor  # [B, T - 1 + n, L']
     kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
     image_states: torch.Tensor  # [B, pooled_size], instead of `pixel_values`
@@ -43,7 +47,11 @@ class Batch(ModelInputs):
     texts: list[list[str]]  # [B][T + n], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
     negative_mask: torch.Tensor  # [B, n], `False` where a record lacks a negative, only with `num_negatives`
+    boxes: torch.Tensor  # [B, R, 4], x0, y0, x1, y1 in [0, 1], only with `num_regions`
+    box_mask: torch.Tensor  # [B, R], `False` where a record lacks a region, only with `num_regions`
     tags: torch.Tensor  # [B, K], digests of the tags, padded with 0, only with `return_tags`
+    groups: torch.Tensor  # [B], digests of the groups, only with `return_groups`
+    masked_labels: torch.Tensor  # [B, 1, L'], ids of the masked words, -100 elsewhere, only with `mask_words`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     teacher_inputs: dict[str, Any]  # only with `read_for_teacher`
     ids: list[str]  # only with `return_ids`
@@ -80,9 +88,21 @@ class LoTLIPCollator:
             `negative_mask` is `False`. With 0, negatives cost nothing: none is drawn, tokenised or embedded.
             `model(**batch)` does not accept `negative_mask`; [`~lotlip_hf.training.objective.embed`] splits the
             negatives off.
+        num_regions (`int`, *optional*, defaults to 0): Number of `regions` of a record to draw in a step, without
+            repetition. Their texts follow the negatives, and `boxes` has their boxes. Where a record has fewer, its
+            short caption and the box of the whole image fill the row, and `box_mask` is `False`. With 0, regions cost
+            nothing. `model(**batch)` does not accept `boxes` and `box_mask`.
         return_tags (`bool`, *optional*, defaults to `False`): Whether to add `tags` to batches: the digests of the
             tags of each record, for which case and white space do not matter. K is the largest number of tags in the
             batch, at least 1. Without it, tags cost nothing. `model(**batch)` does not accept `tags`.
+        return_groups (`bool`, *optional*, defaults to `False`): Whether to add `groups` to batches: the digest of the
+            `group` of each record, or of its id if it has none. `model(**batch)` does not accept `groups`.
+        mask_words (`bool`, *optional*, defaults to `False`): Whether to add a text with masked words behind the long
+            texts and the negatives: the first long text of a step, or the short one if there are no long texts.
+            `masked_labels` hold the ids of the masked words. `model(**batch)` does not accept `masked_labels`.
+        word_scores (`WordScores`, *optional*): Scores of words. Words with a low score are masked in the short and
+            long texts, and words with a high one in the text of `mask_words`, with the probabilities of GA-DMS.
+            Without scores, `mask_words` masks 15 % of the words, and no other text has masked words.
         read_for_teacher (`Callable`, *optional*): Returns the inputs of a teacher for a record, by name. They become
             `teacher_inputs` of the batch: tensors [1, ...] are concatenated, other values are listed. An error that it
             raises makes the record a broken one.
@@ -90,7 +110,7 @@ class LoTLIPCollator:
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
     Raises:
-        `ValueError`: If an option is out of range.
+        `ValueError`: If an option is out of range, or the tokenizer cannot mask words.
 
     Example:
 
@@ -123,15 +143,22 @@ class LoTLIPCollator:
         return_texts: bool = False,
         return_text_keys: bool = False,
         num_negatives: int = 0,
+        num_regions: int = 0,
         return_tags: bool = False,
+        return_groups: bool = False,
+        mask_words: bool = False,
+        word_scores: WordScores | None = None,
         read_for_teacher: Callable[[Record], Mapping[str, Any]] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
         if not 0 <= patch_dropout < 1 or (patch_dropout and not patch_size):
             raise ValueError(f"`patch_dropout` must be in [0, 1) and needs `patch_size`, got {patch_dropout}.")
-        if num_negatives < 0:
-            raise ValueError(f"`num_negatives` must be at least 0, got {num_negatives}.")
+        for name, number in (("num_negatives", num_negatives), ("num_regions", num_regions)):
+            if number < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {number}.")
+        if "text" in frozen and (mask_words or word_scores is not None):
+            raise ValueError("`mask_words` and `word_scores` need token ids. Leave texts out of `frozen`.")
         self.processor = processor
         self.draw = draw or SubCaptions()
         self.seed = seed
@@ -143,7 +170,11 @@ class LoTLIPCollator:
         self.return_texts = return_texts
         self.return_text_keys = return_text_keys
         self.num_negatives = num_negatives
+        self.num_regions = num_regions
         self.return_tags = return_tags
+        self.return_groups = return_groups
+        self.mask_words, self.word_scores = mask_words, word_scores
+        self.masking = Masking(processor.tokenizer) if mask_words or word_scores is not None else None
         self.read_for_teacher = read_for_teacher
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -230,27 +261,73 @@ class LoTLIPCollator:
         negatives = [
             _draw_negatives(record, self.num_negatives, rng) for record, rng in zip(checked, rngs, strict=True)
         ]
-        rows = [[*drawn.long, *own] for drawn, (own, _) in zip(texts, negatives, strict=True)]
+        regions = [_draw_regions(record, self.num_regions, rng) for record, rng in zip(checked, rngs, strict=True)]
+        masked = [(drawn.long or [drawn.short])[:1] if self.mask_words else [] for drawn in texts]
+        rows = [
+            [*drawn.long, *own, *(region["text"] for region in drawn_regions), *last]
+            for drawn, (own, _), (drawn_regions, _), last in zip(texts, negatives, regions, masked, strict=True)
+        ]
         if "text" not in self.frozen:
-            short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
+            options = {"return_tensors": "pt", "return_offsets_mapping": self.masking is not None}
+            short = self.processor(text=[drawn.short for drawn in texts], **options)
             batch |= {"input_ids": short["input_ids"], "attention_mask": short["attention_mask"]}
             if any(rows):
-                long = self.processor(text=rows, return_tensors="pt")
+                long = self.processor(text=rows, **options)
                 batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
+            if self.masking is not None:
+                inputs_of = [short, long] if any(rows) else [short]
+                batch |= self._mask(self.masking, checked, texts, rows, inputs_of, rngs)
         if "text" in self.frozen or self.return_texts:
             batch["texts"] = [[drawn.short, *row] for drawn, row in zip(texts, rows, strict=True)]
         if self.return_text_keys:
             batch["text_keys"] = torch.tensor([_text_keys(*pair) for pair in zip(checked, texts, strict=True)])
         if self.num_negatives:
             batch["negative_mask"] = torch.tensor([mask for _, mask in negatives])
+        if self.num_regions:
+            boxes = [[region["box"] for region in drawn_regions] for drawn_regions, _ in regions]
+            batch["boxes"] = torch.tensor(boxes, dtype=torch.float32)
+            batch["box_mask"] = torch.tensor([mask for _, mask in regions])
         if self.return_tags:
             batch["tags"] = _tag_keys(checked)
+        if self.return_groups:
+            batch["groups"] = torch.tensor([group_key(record) for record in checked])
         if inputs:
             batch["teacher_inputs"] = {name: _joined([each[name] for each in inputs]) for name in inputs[0]}
         batch["return_loss"] = True
         if self.return_ids:
             batch |= {"ids": [record["id"] for record in checked], "counts": dict(counts)}
         return cast(Batch, batch)
+
+    def _mask(
+        self,
+        masking: Masking,
+        records: Sequence[Record],
+        texts: Sequence[Texts],
+        rows: Sequence[list[str]],
+        encodings: Sequence[Mapping[str, torch.Tensor]],
+        rngs: Sequence[Random],
+    ) -> dict[str, torch.Tensor]:
+        """Masks words of the short, long and masked texts in place. Returns `masked_labels`, if there are any."""
+        labels = []
+        for number, (record, drawn, row, rng) in enumerate(zip(records, texts, rows, rngs, strict=True)):
+            ids = [
+                encodings[0]["input_ids"][number],
+                *(ids for one in encodings[1:] for ids in one["input_ids"][number]),
+            ]
+            offsets = [encodings[0]["offset_mapping"][number]]
+            offsets += [each for one in encodings[1:] for each in one["offset_mapping"][number]]
+            matched = range(1 + len(drawn.long)) if self.word_scores is not None else range(0)
+            indices = [*matched, len(row)] if self.mask_words else [*matched]
+            found = [masking.words([drawn.short, *row][index], ids[index], offsets[index]) for index in indices]
+            scores: list[list[float | None]] = [[None] * len(words) for words, _ in found]
+            if self.word_scores is not None:
+                scores = self.word_scores.scores(record["id"], [words for words, _ in found])
+            if self.mask_words:
+                probabilities = [prediction_probability(score) for score in scores.pop()]
+                labels.append(masking.mask(ids[-1], found.pop()[1], probabilities, rng, at_least=1))
+            for index, (_, tokens), own in zip(matched, found, scores, strict=True):
+                masking.mask(ids[index], tokens, [noise_probability(score) for score in own], rng)
+        return {"masked_labels": torch.stack(labels).unsqueeze(1)} if labels else {}
 
     def _draw_patches(
         self, batch: Mapping[str, torch.Tensor], patch_size: int, rngs: Sequence[Random]
@@ -285,9 +362,9 @@ def image_key(record: Mapping[str, Any]) -> str:
     return key
 
 
-def num_negatives(batch: Mapping[str, Any]) -> int:
-    """Returns the number of negatives of each record, which are the last of its texts."""
-    return batch["negative_mask"].shape[1] if "negative_mask" in batch else 0
+def num_riders(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the numbers of the riders of each record, the last of its texts, by the name of their embeddings."""
+    return {name: batch[tensor].shape[1] for name, tensor in RIDERS.items() if tensor in batch}
 
 
 def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str], list[bool]]:
@@ -296,6 +373,22 @@ def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str]
     drawn = rng.sample(known, min(number, len(known)))
     rest = number - len(drawn)
     return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
+
+
+def _draw_regions(record: Record, number: int, rng: Random) -> tuple[list[Region], list[bool]]:
+    """Returns regions of a record, filled up with its image and short caption, and which of them are regions."""
+    known = [region for region in record.get("regions", []) if region["text"].strip()]
+    drawn = rng.sample(known, min(number, len(known)))
+    rest = number - len(drawn)
+    whole = Region(box=[0.0, 0.0, 1.0, 1.0], text=record["short_caption"])
+    return drawn + [whole] * rest, [True] * len(drawn) + [False] * rest
+
+
+def group_key(record: Record) -> int:
+    """Returns a digest that the records of a group share, or of the id of a record without a group."""
+    group = record.get("group")
+    name = f"group\0{group}" if group else f"id\0{record['id']}"
+    return digest_of(name) - (1 << 63)
 
 
 def _tag_keys(records: Sequence[Record]) -> torch.Tensor:

@@ -42,7 +42,7 @@ class KeptIds:
             opened.seek(3 if opened.read(3) == codecs.BOM_UTF8 else 0)
             for line in iter(lambda: opened.readline(MAX_LINE), b""):
                 if one := line.rstrip(b"\r\n"):
-                    found.append(_digest(one))
+                    found.append(digest_of(one))
         if not found:
             raise ValueError(f"`keep`: {printable(self.file)} has no ids. Write one a line.")
         self.digests = np.unique(np.frombuffer(found, np.uint64))
@@ -52,12 +52,14 @@ class KeptIds:
         return len(self.digests)
 
     def __contains__(self, record_id: object) -> bool:
-        digest = np.uint64(_digest(str(record_id).encode(errors="surrogatepass")))
+        digest = np.uint64(digest_of(str(record_id)))
         index = np.searchsorted(self.digests, digest)
         return bool(index < len(self.digests) and self.digests[index] == digest)
 
 
-def _digest(record_id: bytes) -> int:
+def digest_of(record_id: bytes | str) -> int:
+    """Returns a number of 64 bits for an id."""
+    record_id = record_id.encode(errors="surrogatepass") if isinstance(record_id, str) else record_id
     return int.from_bytes(hashlib.blake2b(record_id, digest_size=8).digest(), "big")
 
 

@@ -219,12 +219,22 @@ class TrainingConfig:
     num_negatives: int = option(
         "Negatives of a record to draw in each step, if a term uses them, such as negatives", 1, at_least=1
     )
+    num_regions: int = option(
+        "Regions of a record to draw in each step, if a term uses them, such as region_text", 4, at_least=1
+    )
+    word_scores: str | None = option(
+        "File of scores of words, as examples/score_words.py writes it: words that an image contradicts are masked in "
+        "its texts at random, and the term masked_words predicts words that it supports (default: masked_words "
+        "predicts any word, and no other text has masked words)",
+        None,
+        metavar="FILE",
+    )
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
     terms: list[str] = option(
-        "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, hard_negatives; with columns of the "
-        "data negatives, tags; and with --teacher instance, structure, similarities, cosine. Write a weight other "
-        "than 1 as in infonce:0.5",
+        "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, distribution, hard_negatives, "
+        "masked_words; with columns of the data negatives, tags; and with --teacher instance, structure, "
+        "similarities, cosine. Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.collator import read_record
+from ..data.masking import WordScores
 from ..data.record import Record, RecordError, Texts, caption_key, record_rng
 from ..distributed import rank, world_size
 from ..encoder import Encoder
@@ -32,7 +33,8 @@ MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
 FLAT = 8  # maximum difference between the values of a channel in an image of one colour
 SHOWN = 60  # characters of a caption
-ROLES = {"negative_embeds": "negatives", "tags": "tags"}  # tensors that terms need, and their fields
+# Tensors that terms need, and their fields
+ROLES = {"negative_embeds": "negatives", "tags": "tags", "region_embeds": "regions"}
 
 
 def warn_of_data(
@@ -44,6 +46,7 @@ def warn_of_data(
     num_held_out: int | None = None,
     *,
     terms: Mapping[str, nn.Module] | None = None,
+    word_scores: WordScores | None = None,
 ) -> list[str]:
     """
     Logs warnings on the main process, each once in a program: records that are never seen or seen very often, few
@@ -60,6 +63,7 @@ def warn_of_data(
         num_held_out (`int`, *optional*): Number of evaluation records.
         terms (`Mapping[str, nn.Module]`, *optional*): The terms of the objective by name, for which a sample of the
             records is checked. By default, only the number of records is compared with the steps.
+        word_scores (`WordScores`, *optional*): The scores of words, which a sample of the records should have.
 
     Returns:
         `list[str]`: The warnings.
@@ -76,6 +80,7 @@ def warn_of_data(
             _cut_texts(sample[:TOKENISED], encoder, config),
             _equal_captions(sample, needs, config),
             *_missing_roles(sample, needs),
+            None if word_scores is None else _missing_scores(sample, word_scores),
             _flat_images(records, indices[:DECODED], encoder),
         ]
     shown = [warning for warning in warnings if warning is not None]
@@ -173,6 +178,18 @@ def _missing_roles(records: Sequence[Record], needs: Mapping[str, Collection[str
                     f"None of {len(records):,} records has `{role}`, so the term {term} has no effect. Add this field "
                     "to the data."
                 )
+
+
+def _missing_scores(records: Sequence[Record], word_scores: WordScores) -> str | None:
+    """Counts the records whose words have no scores."""
+    number = sum(not word_scores.texts(record["id"]) for record in records[:TOKENISED])
+    if not number:
+        return None
+    return (
+        f"Of {len(records[:TOKENISED]):,} records, {number:,} have no scores in `word_scores` "
+        f"{printable(word_scores.file)}. Their words are masked uniformly for masked_words, and not in other texts. "
+        "Score the records of --data, with the same ids."
+    )
 
 
 def _flat_images(records: Dataset, indices: Sequence[int], encoder: Encoder) -> str | None:

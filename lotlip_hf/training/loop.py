@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
 from ..data.kept import KeptIds
+from ..data.masking import Masking, WordScores
 from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
 from ..files import write_json
 from ..images import set_max_image_pixels
@@ -177,6 +178,9 @@ class _Run:
 
         set_seed(config.seed, device_specific=True)
         self.objective = make_objective(config, model.config).to(accelerator.device)
+        word_scores = None if config.word_scores is None else WordScores(config.word_scores)
+        if word_scores is not None or "masked_labels" in self.objective.needs:
+            Masking(processor.tokenizer)  # an error now, not after the states of frozen towers are computed
         freeze(model, config, self.objective.needs)
         self.teacher = make_teacher(config, model, self.objective.needs, accelerator)
         starts = config.head_start == "ridge" and self.checkpoint is None
@@ -218,7 +222,11 @@ class _Run:
             read_for_teacher=None if self.teacher is None else self.teacher.read,
             return_text_keys="text_keys" in self.objective.needs,
             num_negatives=config.num_negatives if "negative_embeds" in self.objective.needs else 0,
+            num_regions=config.num_regions if "region_embeds" in self.objective.needs else 0,
             return_tags="tags" in self.objective.needs,
+            return_groups="groups" in self.objective.needs,
+            mask_words="masked_labels" in self.objective.needs,
+            word_scores=word_scores,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
@@ -226,7 +234,8 @@ class _Run:
             is_counted = isinstance(eval_records, Dataset)
             num_held_out = min(config.eval_samples, len(eval_records)) if is_counted else None
             terms = dict(self.objective.terms) if check_data else None
-            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, terms=terms)
+            options = {"terms": terms, "word_scores": word_scores}
+            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, **options)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator

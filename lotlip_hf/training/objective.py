@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..data.collator import ModelInputs, num_negatives
+from ..data.collator import RIDERS, ModelInputs, num_riders
 from ..distributed import average_gradient
 from ..modeling.configuration_lotlip import LoTLIPConfig
 from .config import TrainingConfig
@@ -20,7 +20,8 @@ from .terms.views import Views
 
 IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes", "kept_patches", "image_states"}
 IMAGE_EMBEDS = {"image_embeds", "patch_embeds"}
-TEXT_EMBEDS = {"text_embeds", "corner_embeds", "negative_embeds", "token_embeds"}
+TOKEN_EMBEDS = {"token_embeds", "masked_token_embeds"}
+TEXT_EMBEDS = {"text_embeds", "corner_embeds", *TOKEN_EMBEDS, *RIDERS}
 
 
 class Objective(nn.Module):
@@ -123,16 +124,18 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     Args:
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
-            or without `long_input_ids` [B, T - 1, L']. With `negative_mask` [B, n], the last n texts of a row are
-            negatives. Further tensors in `needs` are returned unchanged.
+            or without `long_input_ids` [B, T - 1, L']. With `negative_mask` [B, n] and `box_mask` [B, R], n
+            negatives and R texts of regions follow the long texts of a row. Further tensors in `needs` are returned
+            unchanged.
         needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim],
         `text_embeds` [B, T, dim] with the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
-        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim]. `patch_embeds` are
-        [B, P, dim], and `token_embeds` [B, T, L, dim] are those of texts padded to the longest, with `token_mask`
-        [B, T, L].
+        `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim] and
+        `region_embeds` [B, R, dim]. `patch_embeds` are [B, P, dim], and `token_embeds` [B, T, L, dim] are those of
+        texts padded to the longest, with `token_mask` [B, T, L]. `masked_token_embeds` [B, L', dim] and
+        `masked_token_mask` [B, L'] are those of the masked text.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
@@ -140,33 +143,36 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
         inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     elif not TEXT_EMBEDS & set(needs):
         inputs = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
-    negatives = num_negatives(tensors)
-    num_long = inputs["long_input_ids"].shape[1] - negatives if "long_input_ids" in inputs else 0
-    # Short texts and negatives need no corner tokens, not even in training mode.
+    riders = num_riders(tensors)
+    num_long = inputs["long_input_ids"].shape[1] - sum(riders.values()) if "long_input_ids" in inputs else 0
+    # Short texts and riders need no corner tokens, not even in training mode.
     has_corners = "corner_embeds" in needs and num_long > 0
-    options = {"output_patch_embeds": "patch_embeds" in needs, "output_token_embeds": "token_embeds" in needs}
+    options = {"output_patch_embeds": "patch_embeds" in needs, "output_token_embeds": bool(TOKEN_EMBEDS & set(needs))}
     outputs = model(**inputs, **options, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
     texts, corners = outputs.text_embeds, outputs.corner_embeds
     if texts is not None and texts.dim() == 2:
         texts = texts.unsqueeze(1)
     embeds = {"image_embeds": outputs.image_embeds, "text_embeds": texts, "corner_embeds": corners}
-    embeds |= {"patch_embeds": outputs.patch_embeds, **_tokens(outputs, inputs, negatives)}
-    if negatives and texts is not None:
-        embeds["text_embeds"], embeds["negative_embeds"] = texts[:, :-negatives], texts[:, -negatives:]
+    embeds |= {"patch_embeds": outputs.patch_embeds, **_tokens(outputs, inputs, num_long)}
+    if "masked_labels" in tensors and outputs.long_token_embeds is not None:  # of the last rider
+        embeds["masked_token_embeds"] = outputs.long_token_embeds[:, -1]
+        embeds["masked_token_mask"] = inputs["long_attention_mask"][:, -1].bool()
+    if riders and texts is not None:
+        sizes = [texts.shape[1] - sum(riders.values()), *riders.values()]
+        embeds |= dict(zip(("text_embeds", *riders), texts.split(sizes, dim=1), strict=True))
         if corners is not None:
-            embeds["corner_embeds"] = corners[:, :-negatives]
+            embeds["corner_embeds"] = corners[:, :num_long]
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
 
 
-def _tokens(outputs: Any, inputs: Mapping[str, torch.Tensor], negatives: int) -> dict[str, torch.Tensor]:
-    """Returns the tokens [B, T, L, dim] of short and long texts and their mask [B, T, L], without negatives."""
+def _tokens(outputs: Any, inputs: Mapping[str, torch.Tensor], num_long: int) -> dict[str, torch.Tensor]:
+    """Returns the tokens [B, T, L, dim] of short and long texts and their mask [B, T, L], without riders."""
     if outputs.token_embeds is None:
         return {}
     embeds, masks = [outputs.token_embeds.unsqueeze(1)], [inputs["attention_mask"].unsqueeze(1)]
     if outputs.long_token_embeds is not None:
-        stop = outputs.long_token_embeds.shape[1] - negatives
-        embeds.append(outputs.long_token_embeds[:, :stop])
-        masks.append(inputs["long_attention_mask"][:, :stop])
+        embeds.append(outputs.long_token_embeds[:, :num_long])
+        masks.append(inputs["long_attention_mask"][:, :num_long])
     longest = max(mask.shape[2] for mask in masks)
     return {
         "token_embeds": torch.cat([F.pad(each, (0, 0, 0, longest - each.shape[2])) for each in embeds], dim=1),

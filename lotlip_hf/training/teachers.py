@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.collator import Batch, image_key, num_negatives
+from ..data.collator import RIDERS, Batch, image_key, num_riders
 from ..data.record import Record, RecordError
 from ..encoder import load_encoder, warn_of_cut_texts
 from ..modeling.modeling_lotlip import LoTLIPModel
@@ -119,7 +119,8 @@ class EncoderTeacher(Teacher):
             embeds = self._image_embeds(inputs) if self.images is None else self.images.read(inputs["image_keys"])
             targets[IMAGE_EMBEDS] = embeds
         if TEXT_EMBEDS in self.needs:
-            targets[TEXT_EMBEDS] = self.text_embeds([row[: len(row) - num_negatives(batch)] for row in batch["texts"]])
+            number = sum(num_riders(batch).values())
+            targets[TEXT_EMBEDS] = self.text_embeds([row[: len(row) - number] for row in batch["texts"]])
         return targets
 
     def text_embeds(self, texts: Sequence[Sequence[str]]) -> torch.Tensor:
@@ -211,10 +212,10 @@ def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the tensors for a model as teacher: whole images, and texts without negatives."""
-    unseen = ("kept_patches", "negative_mask")
+    """Returns the tensors for a model as teacher: whole images, and texts without riders."""
+    unseen = ("kept_patches", "boxes", *RIDERS.values())
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in unseen}
-    if number := num_negatives(batch):
+    if number := sum(num_riders(batch).values()):
         for name in {"long_input_ids", "long_attention_mask", "text_states"} & inputs.keys():
             inputs[name] = inputs[name][:, :-number]
     return {name: value for name, value in inputs.items() if value.numel()}

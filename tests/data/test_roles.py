@@ -138,6 +138,34 @@ def test_negatives_ride_behind_the_long_texts(num_long_texts: int, processor: Lo
     assert seen == set(NEGATIVES[0])
 
 
+def test_regions_ride_behind_the_negatives(processor: LoTLIPProcessor) -> None:
+    """A region without a text is none. The other texts are those of a step without regions."""
+    boxes = {"red": [0, 0, 0.5, 0.5], "blue": [0.5, 0, 1, 1], "green": [0, 0.25, 1, 1]}
+    known = [{"box": box, "text": text} for text, box in boxes.items()]
+    records = pictured(
+        processor, negatives=NEGATIVES, regions=[known, [known[1], {**known[0], "text": " "}], [], None]
+    )
+    seen = set()
+    for epoch in range(12):
+        collators = [
+            LoTLIPCollator(processor, num_negatives=1, num_regions=number, return_texts=True) for number in (2, 0)
+        ]
+        for collator in collators:
+            collator.set_epoch(epoch)
+        batch, plain = (collator(records) for collator in collators)
+        assert batch["box_mask"].tolist() == [[True, True], [True, False], [False, False], [False, False]]
+        assert [row[:-2] for row in batch["texts"]] == plain["texts"]
+        phrases = [row[-2:] for row in batch["texts"]]
+        assert len(set(phrases[0])) == 2
+        assert phrases[1:] == [["blue", records[1]["short_caption"]], *([r["short_caption"]] * 2 for r in records[2:])]
+        expected = [[boxes.get(text, [0, 0, 1, 1]) for text in row] for row in phrases]
+        assert torch.equal(batch["boxes"], torch.tensor(expected, dtype=torch.float32))
+        long = processor(text=[row[1:] for row in batch["texts"]], return_tensors="pt")
+        assert torch.equal(batch["long_input_ids"], long["input_ids"])
+        seen |= set(phrases[0])
+    assert seen == set(boxes)
+
+
 def test_tags_are_digests(processor: LoTLIPProcessor) -> None:
     records = pictured(processor, tags=[["Red  star", "blue circle"], ["red star", "a", "b"], [], None])
     tags = LoTLIPCollator(processor, return_tags=True)(records)["tags"]
@@ -150,6 +178,7 @@ def test_tags_are_digests(processor: LoTLIPProcessor) -> None:
 
 def test_roles_that_no_term_needs_change_nothing(processor: LoTLIPProcessor) -> None:
     roles = {"negatives": NEGATIVES, "tags": [["a"]] * 4, "rewrites": [["b c"]] * 4}
+    roles["regions"] = [[{"box": [0, 0, 1, 1], "text": "d"}]] * 4
     batch, plain = (LoTLIPCollator(processor, seed=1)(pictured(processor, **fields)) for fields in (roles, {}))
     assert batch.keys() == plain.keys()
     assert all(torch.equal(batch[name], plain[name]) for name in batch if name != "return_loss")

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from test_training import make_folder
 
+from lotlip_hf.data.masking import WordScores
 from lotlip_hf.data.records import load_records
 from lotlip_hf.training import data_checks
 from lotlip_hf.training.config import TrainingConfig
@@ -117,3 +118,12 @@ def test_the_work_does_not_grow_with_the_records(pair: tuple[Any, Any], monkeypa
     records = Dataset.from_dict({"id": range(1_000_000)}).with_transform(reading)
     assert warned(pair, records, 10**6)
     assert len(read) <= data_checks.COMPARED + data_checks.DECODED
+
+
+def test_records_without_scores_are_counted(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    config = TrainingConfig(model="m", data="d", **FINE)
+    for number, share in ((40, None), (39, "1 have"), (1, "39 have")):
+        file.write_text("".join(f'{{"id": "r{index}", "texts": [[]]}}\n' for index in range(number)))
+        warnings = warn_of_data(*pair, pictures(40), config, 20, terms={}, word_scores=WordScores(file))
+        assert [bool(share and share in text) for text in warnings] == ([True] if share else [])

@@ -26,6 +26,7 @@ from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.objective import Objective, batch_loss, embed
 from lotlip_hf.training.terms import TERMS, pairs
+from lotlip_hf.training.terms.distribution import Distribution
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.primary_components import primary_components
 from lotlip_hf.training.terms.sigmoid import Sigmoid
@@ -37,6 +38,7 @@ WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 
 VOCABULARY = Path(__file__).with_name("vocabulary.txt")
 TAGGED = {"vocabulary": VOCABULARY, "projection_dim": 5}
+MASKED = {"num_layers": 1, "projection_dim": 5, "vocab_size": 9}
 # Terms and their options.
 OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"infonce": {}},
@@ -50,6 +52,7 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"hard_negatives": {"number": 3, "temperature": 0.2}, "cosine": {"of": "both"}},
     {"hard_negatives": {"directions": "image"}, "similarities": {"temperature": 0.3, "of": "both"}},
     {"negatives": {}, "tags": TAGGED},
+    {"distribution": {}, "masked_words": MASKED},
     {"infonce": {}, "guess": {}, "sigmoid": {}, "hard_negatives": {}, "negatives": {}, "tags": TAGGED, "cosine": {}},
 ]
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
@@ -60,6 +63,10 @@ TAGS = torch.tensor([[texts_digest([tag]) if tag else 0 for tag in tags] for tag
 TAGS[::3] = torch.tensor([texts_digest(["large square"]), 0])
 TAGS[::4] = torch.tensor([texts_digest(["green"]), texts_digest(["small"])])
 TAGS[1], TAGS[2] = 0, torch.tensor([texts_digest(["green"]), 0])
+# Labels of the tokens of 13 samples; of the first, and of the whole second process of four, none is predicted.
+LABELS = torch.arange(13 * 4).view(13, 1, 4) % 9
+LABELS[torch.arange(13 * 4).view(13, 1, 4) % 3 > 0] = -100
+LABELS[:6] = LABELS[:6].masked_fill(torch.arange(6)[:, None, None] != 3, -100)
 FACTORS = {"guess": 0.5, "structure": 2.0}  # of the terms
 
 
@@ -91,6 +98,9 @@ class Towers(nn.Module):
         self.negatives, self.image_targets = random(13, 2, 7), F.normalize(random(13, 5), dim=-1)
         self.mask = torch.arange(26).view(13, 2) % 3 > 0
         self.mask[4] = self.mask[7] = False
+        self.patches, self.tokens = random(13, 3, 6), random(13, 4, 7)
+        self.token_mask = torch.arange(4) < torch.tensor([4, 2, 3, 4] * 3 + [4]).unsqueeze(1)
+        self.masked_labels = LABELS.masked_fill(~self.token_mask.unsqueeze(1), -100)
 
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         embeds = {
@@ -99,6 +109,11 @@ class Towers(nn.Module):
             "corner_embeds": F.normalize(self.corners[samples] @ self.text_map, dim=-1),
             "negative_embeds": F.normalize(self.negatives[samples] @ self.text_map, dim=-1),
             "negative_mask": self.mask[samples],
+            "patch_embeds": F.normalize(self.patches[samples] @ self.image_map, dim=-1),
+            "masked_token_embeds": F.normalize(self.tokens[samples] @ self.text_map, dim=-1),
+            "masked_token_mask": self.token_mask[samples],
+            "masked_labels": self.masked_labels[samples],
+            "groups": self.text_keys[samples, 0],
             "labels": self.labels[samples],
             "tags": self.tags[samples],
             "text_keys": self.text_keys[samples],
@@ -194,8 +209,24 @@ def tags(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.T
     return torch.stack(losses).mean()
 
 
+def masked_words(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """Text by text, without padding."""
+    names = ("patch_embeds", "masked_token_embeds", "masked_token_mask", "masked_labels")
+    losses = []
+    for patches, tokens, mask, (labels,) in zip(*(embeds[name] for name in names), strict=True):
+        patches, tokens = term.patch_norm(patches), term.token_norm(tokens[mask])
+        seen = tokens + term.attention(tokens, patches, patches)[0]
+        logits = term.head(term.layers(seen.unsqueeze(0)))[0]
+        losses += [-row.log_softmax(0)[label] for row, label in zip(logits, labels[mask], strict=True) if label >= 0]
+    return torch.stack(losses).mean()
+
+
 PLAIN = {
-    one.__name__: one for one in (guess, instance, structure, cosine, similarities, hard_negatives, negatives, tags)
+    one.__name__: one
+    for one in (
+        *(guess, instance, structure, cosine, similarities, hard_negatives, negatives, tags),
+        masked_words,
+    )
 }
 
 
@@ -210,7 +241,11 @@ def equal_targets(embeds: dict[str, torch.Tensor], number: int) -> torch.Tensor:
     num_texts = embeds["text_embeds"].shape[1]
     if number >= num_texts:
         number = 1 + (number - num_texts) // embeds["corner_embeds"].shape[2]
-    keys = embeds["text_keys"][:, number]
+    return equal_rows(embeds["text_keys"][:, number])
+
+
+def equal_rows(keys: torch.Tensor) -> torch.Tensor:
+    """The even distribution over the samples with the same key."""
     equal = (keys[:, None] == keys).double()
     return equal / equal.sum(1, keepdim=True)
 
@@ -232,6 +267,10 @@ def plain_loss(
             logits = (primary_components(images, term.num_components) if is_components else images) @ text.t()
             if isinstance(term, Sigmoid):
                 each.append(sigmoid_loss(logits, term.logit_bias))
+            elif isinstance(term, Distribution):
+                targets = equal_rows(embeds["groups"]).to(logits.dtype)
+                both = (one.softmax(1) * (one.softmax(1) / (targets + 1e-8)).log() for one in (logits, logits.t()))
+                each.append(sum(one.sum() for one in both) / len(logits))
             elif isinstance(term, SoftLabels):
                 each.append(sum(F.cross_entropy(one, softened(one, term.share)) for one in (logits, logits.t())) / 2)
             else:
@@ -334,7 +373,7 @@ def test_terms_are_float32_under_autocast(terms: dict[str, dict[str, Any]]) -> N
     answer.backward()
     assert answer.dtype == torch.float32
     assert torch.equal(answer, expected)
-    for name in (name for name in objective.needs if exact[name].requires_grad):
+    for name in (name for name in objective.needs & exact.keys() if exact[name].requires_grad):
         torch.testing.assert_close(half[name].grad.float(), exact[name].grad, rtol=0.01, atol=0.01)
 
 
@@ -367,6 +406,7 @@ class LiveBytes(TorchDispatchMode):
         {"infonce": {"label_smoothing": 0.1, "equal_positives": True}},
         {"sigmoid": {}},
         {"soft_labels": {}},
+        {"distribution": {}},
         {"hard_negatives": {}},
         {"similarities": {"temperature": 1.0}},
     ],
@@ -381,7 +421,7 @@ def test_tiles_hold_no_matrix_of_the_batch(
     images, texts, teacher = (torch.randn(batch_size, *shape, width) for shape in ((), (num_sets,), (num_sets,)))
     keys = torch.arange(batch_size * num_sets).view(batch_size, num_sets) // 8
     embeds = {"image_embeds": images.requires_grad_(), "text_embeds": texts.requires_grad_(), "text_keys": keys}
-    embeds["teacher_text_embeds"] = teacher
+    embeds |= {"teacher_text_embeds": teacher, "groups": keys[:, 0]}
 
     def most(function: Any) -> int:
         with LiveBytes(*embeds.values()) as mode:
@@ -445,19 +485,21 @@ def tiny_model(dropout: float = 0.0) -> LoTLIPModel:
     return model.train()
 
 
-def tiny_batch(batch_size: int, num_negatives: int = 0) -> dict[str, Any]:
+def tiny_batch(batch_size: int, num_negatives: int = 0, is_masked: bool = False) -> dict[str, Any]:
     torch.manual_seed(3)
-    long_input_ids = tiny.input_ids(batch_size, 2 + num_negatives, 8)
+    long_input_ids = tiny.input_ids(batch_size, 2 + num_negatives + is_masked, 8)
     batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": long_input_ids}
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
     others = {"labels": torch.arange(batch_size) % 3 + 1}  # which no model takes
-    others |= {"text_keys": KEYS[:batch_size], "tags": TAGS[:batch_size]}
+    others |= {"text_keys": KEYS[:batch_size], "tags": TAGS[:batch_size], "groups": KEYS[:batch_size, 0]}
     others["teacher_text_embeds"] = F.normalize(torch.randn(batch_size, 3, 24), dim=-1)
     others["teacher_image_embeds"] = F.normalize(torch.randn(batch_size, 24), dim=-1)
     if num_negatives:
         numbers = torch.arange(num_negatives * batch_size).view(batch_size, num_negatives)
         others["negative_mask"] = numbers % 3 > 0
+    if is_masked:
+        others["masked_labels"] = F.pad(LABELS[:batch_size], (0, 4), value=-100)
     return {**batch, **others, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
 
@@ -473,6 +515,7 @@ CACHED = [
     {"instance": {"of": "both"}, "structure": {}, "similarities": {}, "cosine": {"of": "image"}},
     {"negatives": {}, "hard_negatives": {}, "soft_labels": {}},
     {"tags": {"vocabulary": VOCABULARY, "projection_dim": 24}},
+    {"distribution": {}, "masked_words": {**MASKED, "projection_dim": 24}, "negatives": {}},
 ]
 
 
@@ -495,7 +538,8 @@ def chunked_plain(
 def test_cached_gradients_are_the_plain_ones(
     dropout: float, terms: dict[str, dict[str, Any]], with_accelerator: bool
 ) -> None:
-    batch, objective = tiny_batch(7, 2 if "negatives" in terms else 0), make(terms)
+    batch = tiny_batch(7, 2 if "negatives" in terms else 0, "masked_words" in terms)
+    objective = make(terms)
     model = tiny_model(dropout)
     plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)
     plain["loss"].backward()

@@ -22,9 +22,11 @@ from lotlip_hf.training.objective import Objective, make_objective
 from lotlip_hf.training.terms import TERMS
 from lotlip_hf.training.terms import tags as tags_of
 from lotlip_hf.training.terms.cosine import Cosine
+from lotlip_hf.training.terms.distribution import Distribution
 from lotlip_hf.training.terms.hard_negatives import HardNegatives
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.instance import Instance
+from lotlip_hf.training.terms.masked_words import MaskedWords
 from lotlip_hf.training.terms.negatives import Negatives
 from lotlip_hf.training.terms.primary_components import PrimaryComponents, primary_components
 from lotlip_hf.training.terms.similarities import Similarities
@@ -50,6 +52,8 @@ def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
         "text_embeds": (num_texts,),
         "corner_embeds": (num_texts - 1, 2),
         "negative_embeds": (2,),
+        "patch_embeds": (4,),
+        "masked_token_embeds": (7,),
         "teacher_image_embeds": (),
         "teacher_text_embeds": (num_texts,),
     }
@@ -58,6 +62,9 @@ def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
     return {
         **made,
         "tags": torch.tensor(tags).repeat(batch_size, 1)[:batch_size],
+        "groups": torch.arange(batch_size) % 4,
+        "masked_token_mask": torch.arange(7) < torch.arange(2, 2 + batch_size).unsqueeze(1),
+        "masked_labels": torch.tensor([3, -100, -100, -100, 8, 1, -100]).repeat(batch_size, 1, 1),
         "negative_mask": (torch.arange(2 * batch_size) % 3 > 0).view(batch_size, 2),
     }
 
@@ -76,6 +83,8 @@ DIFFERENTIABLE: list[tuple[str, dict[str, Any]]] = [
     ("hard_negatives", {"number": 3, "temperature": 0.2}),
     ("negatives", {}),
     ("tags", TAGGED),
+    ("distribution", {}),
+    ("masked_words", {"num_layers": 1, "projection_dim": 5, "vocab_size": 9}),
     ("instance", {"of": "both"}),
     ("structure", {"of": "both"}),
     ("structure", {"of": "image", "distance": "squared"}),
@@ -121,6 +130,17 @@ def test_primary_components_with_smoothed_labels_are_long_clip(golden: Path) -> 
     for name, texts in {"long": long, "short": short}.items():
         torch.testing.assert_close(losses[name].detach(), file[f"loss_{name}"], rtol=1e-6, atol=0)
         torch.testing.assert_close(texts.grad, file[f"{name}_grad"], rtol=0, atol=1e-6)
+
+
+def test_the_distribution_is_that_of_ga_dms(golden: Path) -> None:
+    """Whose logarithms are of float32."""
+    file = load_file(golden / "terms" / "ga_dms.safetensors")
+    images, texts = file["images"].requires_grad_(), file["texts"].requires_grad_()
+    embeds = {"image_embeds": F.normalize(images, dim=-1), "text_embeds": F.normalize(texts, dim=-1).unsqueeze(1)}
+    loss = loss_of(Distribution(), {**embeds, "groups": file["groups"]}, 50.0)
+    loss.backward()
+    for tensor, name in ((loss.detach(), "loss"), (images.grad, "images_grad"), (texts.grad, "texts_grad")):
+        torch.testing.assert_close(tensor, file[name], rtol=1e-6, atol=1e-6)
 
 
 def test_infonce_of_short_texts_is_laclips(golden: Path) -> None:
@@ -185,6 +205,27 @@ def test_negatives_are_those_of_records_that_have_some() -> None:
     nothing.backward()
     assert nothing == 0
     assert texts.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_masked_words_see_no_padding(is_kept: bool) -> None:
+    """Neither of texts nor of patches, and nothing is learnt where nothing is masked."""
+    term, given = MaskedWords(1, 5, 9).double(), tensors()
+    expected = loss_of(term, given)
+    padded = {**given, "patch_embeds": torch.cat([given["patch_embeds"], embeddings(6, 2, 5)], 1)}
+    padded["pixel_attention_mask"] = (torch.arange(6) < 4).repeat(6, 1).long()
+    if is_kept:
+        order = torch.tensor([5, 2, 0, 1, 3, 4])
+        padded["patch_embeds"] = padded["patch_embeds"][:, order]
+        padded["kept_patches"] = order.repeat(6, 1)
+    for name, padding in (("token_embeds", embeddings(6, 3, 5)), ("token_mask", torch.zeros(6, 3, dtype=torch.bool))):
+        padded[f"masked_{name}"] = torch.cat([given[f"masked_{name}"], padding], 1)
+    padded["masked_labels"] = F.pad(given["masked_labels"], (0, 3), value=-100)
+    torch.testing.assert_close(loss_of(term, padded), expected, **EXACT)
+    nothing = loss_of(term, {**given, "masked_labels": torch.full((6, 1, 7), -100)})
+    nothing.backward()
+    assert nothing == 0
+    assert not any(parameter.grad.any() for parameter in term.parameters())
 
 
 def test_tags_are_classes_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -420,6 +461,7 @@ def test_a_term_with_weight_0_is_left_out(name: str) -> None:
             ["--terms", "hard_negatives", "--term-options", "hard_negatives.directions=up"],
             ["directions", "image, text"],
         ),
+        (["--terms", "masked_words", "--term-options", "masked_words.num_layers=0"], ["`num_layers`"]),
         (["--terms", "soft_labels", "--term-options", "soft_labels.share=1"], ["`share`"]),
         (["--loss", "infonce"], ["--loss", "--terms sigmoid", "infonce"]),
         (["--num-primary-components", "32"], ["--terms primary_components"]),

@@ -1,4 +1,4 @@
-"""Negatives and tags in training: what `embed` makes of them, with kept states, in chunks, and in whole runs."""
+"""Negatives, regions and tags in training: what `embed` makes of them, with kept states, in chunks, in whole runs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from lotlip_hf import LoTLIPTrainer, cli
-from lotlip_hf.data.collator import LoTLIPCollator, ModelInputs
+from lotlip_hf.data.collator import RIDERS, LoTLIPCollator, ModelInputs
 from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.distributed import world_size
 from lotlip_hf.encoder import Encoder
@@ -32,7 +32,7 @@ from lotlip_hf.training.terms.views import Views
 from seams import train_alone_and_together
 
 pytestmark = pytest.mark.usefixtures("alone")
-NAMES = ("text_embeds", "negative_embeds", "negative_mask", "corner_embeds", "image_embeds")
+NAMES = ("text_embeds", *RIDERS, *RIDERS.values(), "boxes", "corner_embeds", "image_embeds")
 
 
 class Contrast(nn.Module):
@@ -60,10 +60,11 @@ def small() -> tuple[Any, Any]:
 
 
 def some_records(number: int = 5) -> list[dict[str, Any]]:
-    """The second record has one negative, the third none."""
+    """The second record has one negative and one region, the third none."""
     records = [dict(row) for row in scenes_dataset(number)]
     records[1]["negatives"] = records[1]["negatives"][:1]
-    records[2]["negatives"] = None
+    records[1]["regions"] = records[1]["regions"][:1]
+    records[2]["negatives"] = records[2]["regions"] = None
     return records
 
 
@@ -77,16 +78,20 @@ def make_batch(pair: tuple[Any, Any], num_long: int, cache: Path | None, **optio
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("num_long", [0, 2])
-def test_negatives_are_embedded_as_alone(num_long: int, kept: bool, small: tuple[Any, Any], tmp_path: Path) -> None:
+def test_riders_are_embedded_as_alone(num_long: int, kept: bool, small: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = small
     plain = make_batch(small, num_long, tmp_path if kept else None)
-    batch = make_batch(small, num_long, tmp_path if kept else None, num_negatives=2)
+    batch = make_batch(small, num_long, tmp_path if kept else None, num_negatives=2, num_regions=3)
     with torch.no_grad():
         expected, embeds = (embed(model.eval(), each, NAMES) for each in (plain, batch))
-        inputs = processor(text=[text for row in batch["texts"] for text in row[-2:]], return_tensors="pt")
-        alone = F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1).unflatten(0, (5, 2))
-    torch.testing.assert_close(embeds.pop("negative_embeds"), alone, atol=1e-6, rtol=0)
-    assert embeds.pop("negative_mask").tolist() == [[True, True], [True, False], [False, False], *[[True, True]] * 2]
+        inputs = processor(text=[text for row in batch["texts"] for text in row[-5:]], return_tensors="pt")
+        alone = F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1).unflatten(0, (5, 5))
+    riders = torch.cat([embeds.pop("negative_embeds"), embeds.pop("region_embeds")], dim=1)
+    torch.testing.assert_close(riders, alone, atol=1e-6, rtol=0)
+    masks = torch.cat([embeds.pop("negative_mask"), embeds.pop("box_mask")], dim=1).int().tolist()
+    assert masks[1:3] == [[1, 0, 1, 0, 0], [0] * 5]
+    assert masks[0][:2] == [1, 1]
+    assert embeds.pop("boxes").shape == (5, 3, 4)
     assert embeds.keys() == expected.keys()
     assert ("corner_embeds" in embeds) == (num_long > 0 and not kept)
     for name, value in expected.items():

@@ -79,7 +79,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "frozen": {"lock_vision": True, "lock_text": True, "max_steps": 2},
     "taught": {"terms": ["instance", "structure"], "max_steps": 2},
-    "dense": {"terms": ["infonce", "near"], "grad_cache_chunk": 3, "max_steps": 2},
+    "dense": {
+        "terms": ["infonce", "near", "distribution", "masked_words"],
+        "term_options": ["masked_words.num_layers=1"],
+        "grad_cache_chunk": 3,
+        "max_steps": 2,
+    },
 }
 # what `accelerate launch` sets
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}

@@ -1,7 +1,8 @@
 """The terms of the objective, for `--terms`. To add a term, write a file in this folder and list it in `TERMS`."""
 
 from collections.abc import Sequence
-from typing import get_type_hints
+from operator import attrgetter
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -9,9 +10,11 @@ from torch import nn
 from ... import options
 from ...modeling.configuration_lotlip import LoTLIPConfig
 from .cosine import Cosine
+from .distribution import Distribution
 from .hard_negatives import HardNegatives
 from .infonce import InfoNCE
 from .instance import Instance
+from .masked_words import MaskedWords
 from .negatives import Negatives
 from .primary_components import PrimaryComponents
 from .sigmoid import Sigmoid
@@ -25,16 +28,19 @@ TERMS: dict[str, type[nn.Module]] = {
     "sigmoid": Sigmoid,
     "primary_components": PrimaryComponents,
     "soft_labels": SoftLabels,
+    "distribution": Distribution,
     "hard_negatives": HardNegatives,
     "negatives": Negatives,
     "tags": Tags,
+    "masked_words": MaskedWords,
     "instance": Instance,
     "structure": Structure,
     "similarities": Similarities,
     "cosine": Cosine,
 }
-# Options of terms that default to the field with the same name in the model's configuration.
-MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")
+# Options of terms that default to a field of the model's configuration.
+MODEL_DEFAULTS = {name: name for name in ("projection_dim", "short_loss_weight", "long_loss_weight")}
+MODEL_DEFAULTS["vocab_size"] = "text_config.vocab_size"
 
 
 def make_terms(
@@ -65,8 +71,10 @@ def make_terms(
     hints = {name: get_type_hints(TERMS[name].__init__) for name in weights}
     for types in hints.values():
         types.pop("return", None)
-    defaults = {name: getattr(model_config, name) for name in MODEL_DEFAULTS} if model_config else {}
-    given = {name: {k: v for k, v in defaults.items() if k in hints[name]} for name in weights}
+    given: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for name in weights if model_config else ():
+        own = MODEL_DEFAULTS.keys() & hints[name].keys()
+        given[name] = {option: attrgetter(MODEL_DEFAULTS[option])(model_config) for option in own}
     for text in term_options:
         key, mark, value = text.partition("=")
         name, _, option = key.partition(".")

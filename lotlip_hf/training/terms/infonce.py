@@ -48,7 +48,7 @@ class InfoNCE(Pairs):
         num_corners = (len(image_sets) - 1) // max(1, len(long)) - 1
         return [short, *long, *(each for each in long for _ in range(num_corners))]
 
-    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, views: Views) -> torch.Tensor:
         per_image, per_text, matches = [], [], []
         for images, texts, of_texts in zip(image_sets, text_sets, positives, strict=True):
             image_sums, text_sums = _LogSumExps.apply(images, texts)  # pyright: ignore[reportGeneralTypeIssues]
@@ -63,7 +63,7 @@ class InfoNCE(Pairs):
         own_sums = torch.stack(per_image)  # [K, N]
         largest = max_over_ranks(own_sums)
         image_sums = largest + sum_over_ranks((own_sums - largest).exp()).log()
-        return (image_sums[:, own].sum(1) + torch.stack(per_text).sum(1)) / 2 - torch.stack(matches)
+        return (image_sums[:, views.own].sum(1) + torch.stack(per_text).sum(1)) / 2 - torch.stack(matches)
 
 
 def _means(images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

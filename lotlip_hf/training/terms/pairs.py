@@ -46,7 +46,7 @@ class Pairs(nn.Module):
         text_sets = stack_features(views["text_embeds"], views.get("corner_embeds")).unbind(1)  # K tensors [b, dim]
         image_sets = [self.for_short_texts(images), *[images] * (len(text_sets) - 1)]
         positives = self.positives(image_sets, views)
-        losses = self.sums(image_sets, text_sets, positives, views.own) * world_size() / len(images)
+        losses = self.sums(image_sets, text_sets, positives, views) * world_size() / len(images)
         loss = weighted_loss(losses, self.short_loss_weight, self.long_loss_weight)
         return {"short": loss.loss_short, "long": loss.loss_long}
 
@@ -58,13 +58,13 @@ class Pairs(nn.Module):
         """Returns the image [b, dim] that matches each text of this process, K times. Subclasses may change it."""
         return [images[views.own] for images in image_sets]
 
-    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, views: Views) -> torch.Tensor:
         """
         Returns K losses [K], each summed over the images and texts of this process.
 
-        `image_sets` are K tensors [N, dim] with the scaled images of all processes; `own` is the slice of this process
-        in them. `text_sets` and `positives` are K tensors [b, dim] with the texts of this process and the images that
-        match them.
+        `image_sets` are K tensors [N, dim] with the scaled images of all processes; `views.own` is the slice of this
+        process in them. `text_sets` and `positives` are K tensors [b, dim] with the texts of this process and the
+        images that match them.
         """
         raise NotImplementedError
 

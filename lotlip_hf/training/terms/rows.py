@@ -9,26 +9,31 @@ from . import pairs
 
 
 def sum_of_rows(
-    function: Callable[..., torch.Tensor], rows: Sequence[torch.Tensor], columns: Sequence[torch.Tensor], first: int
+    function: Callable[..., torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor],
+    first: int,
+    keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Sums a function of the rows of similarities. The backward pass computes the similarities again, block by block.
 
     Args:
         function (`Callable`): Function of blocks of similarities [r, N], one for each pair of `rows` and `columns`,
-            and of a mask [r, N] of the column that belongs to each row. It returns the sum of its rows.
+            and of a mask [r, N] of the columns that belong to each row. It returns the sum of its rows.
         rows (`Sequence[torch.Tensor]`): Tensors [b, dim] of this process.
         columns (`Sequence[torch.Tensor]`): Tensors [N, dim] of all processes.
         first (`int`): Number of the column that belongs to the first row.
+        keys (`torch.Tensor`, *optional*): Keys [N] of the columns. The columns with the key of a row's own column
+            belong to the row, too.
     """
+    keys = torch.arange(len(columns[0]), device=columns[0].device) if keys is None else keys
     size = max(1, pairs.TILE_SIZE**2 // len(columns[0]))
 
     def of_block(start: int, *block: torch.Tensor) -> torch.Tensor:
         similarities = [one @ other.t() for one, other in zip(block, columns, strict=True)]
-        num_rows, num_columns = similarities[0].shape
-        numbers = torch.arange(start, start + num_rows, device=similarities[0].device)
-        own = numbers.unsqueeze(1) == torch.arange(num_columns, device=numbers.device)
-        return function(*similarities, own)
+        own = keys[start : start + len(block[0])]
+        return function(*similarities, own.unsqueeze(1) == keys)
 
     blocks = zip(*(each.split(size) for each in rows), strict=True)
     sums = [

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .pairs import Pairs, Sets, tiles_of
+from .views import Views
 
 
 class Sigmoid(Pairs):
@@ -21,7 +22,7 @@ class Sigmoid(Pairs):
         super().__init__(short_loss_weight, long_loss_weight)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's initial value
 
-    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, views: Views) -> torch.Tensor:
         # The loss is -logsigmoid(x) = softplus(x) - x for a pair that matches, else -logsigmoid(-x) = softplus(x).
         sums = []
         bias = self.logit_bias.to(image_sets[0].dtype)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from ...distributed import gather
 from .pairs import Pairs, Sets
 from .rows import sum_of_rows
+from .views import Views
 
 
 class SoftLabels(Pairs):
@@ -27,8 +28,8 @@ class SoftLabels(Pairs):
             raise ValueError(f"`share` must be at least 0 and below 1, got {share}.")
         self.share = share
 
-    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
-        sums = []
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, views: Views) -> torch.Tensor:
+        sums, own = [], views.own
         for images, texts in zip(image_sets, text_sets, strict=True):
             of_images = sum_of_rows(self.loss, [images[own]], [gather(texts)], own.start)
             of_texts = sum_of_rows(self.loss, [texts], [images], own.start)
