@@ -226,8 +226,8 @@ class TrainingConfig:
 
     terms: list[str] = option(
         "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, hard_negatives; with columns of the "
-        "data negatives, tags; and with --teacher instance, structure, similarities, cosine. Write a weight other "
-        "than 1 as in infonce:0.5",
+        "data negatives, tags, region_text, regions; and with --teacher instance, structure, similarities, cosine. "
+        "Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",

@@ -14,6 +14,8 @@ from .infonce import InfoNCE
 from .instance import Instance
 from .negatives import Negatives
 from .primary_components import PrimaryComponents
+from .region_text import RegionText
+from .regions import Regions
 from .sigmoid import Sigmoid
 from .similarities import Similarities
 from .soft_labels import SoftLabels
@@ -28,6 +30,8 @@ TERMS: dict[str, type[nn.Module]] = {
     "hard_negatives": HardNegatives,
     "negatives": Negatives,
     "tags": Tags,
+    "region_text": RegionText,
+    "regions": Regions,
     "instance": Instance,
     "structure": Structure,
     "similarities": Similarities,
