@@ -44,6 +44,7 @@ class RegionPooler(nn.Module):
     def __init__(self, dim: int, width: int = 256, locates: bool = False) -> None:
         super().__init__()
         self.patches = nn.Linear(dim, width)
+        self.norm = nn.LayerNorm(width)  # the patches are unit vectors: without it, attention is uniform
         self.box = nn.Sequential(nn.Linear(8 * NUM_WAVES, width), nn.GELU(), nn.Linear(width, width))
         self.reader = _Reader(width)
         self.embedding = nn.Linear(width, dim)
@@ -60,7 +61,7 @@ class RegionPooler(nn.Module):
             boxes (`torch.Tensor`): Boxes [B, R, 4], x0, y0, x1, y1 in [0, 1] from the top left corner of the image as
                 the model sees it, after the centre crop of its image processor.
         """
-        states = self.reader(self.box(_waves(boxes)), self.patches(patch_embeds))
+        states = self.reader(self.box(_waves(boxes)), self.norm(self.patches(patch_embeds)))
         return F.normalize(self.embedding(states), dim=-1)
 
     def locate(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class RegionPooler(nn.Module):
         """
         if self.text is None or self.corners is None:
             raise ValueError("This `RegionPooler` has no part that locates texts. Train it with a weight `grounding`.")
-        return self.corners(self.reader(self.text(text_embeds), self.patches(patch_embeds))).sigmoid()
+        return self.corners(self.reader(self.text(text_embeds), self.norm(self.patches(patch_embeds)))).sigmoid()
 
 
 class RegionQueries(nn.Module):
@@ -95,6 +96,7 @@ class RegionQueries(nn.Module):
             raise ValueError(f"`queries` and `layers` must be at least 1, got {queries} and {layers}.")
         options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
         self.patches = nn.Linear(dim, width, bias=False)
+        self.patch_norm = nn.LayerNorm(width)
         self.queries = nn.Parameter(torch.randn(queries, width))
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(width, _num_heads(width), 4 * width, **options) for _ in range(layers)
@@ -111,7 +113,7 @@ class RegionQueries(nn.Module):
         Args:
             patch_embeds (`torch.Tensor`): Patches [B, P, dim] of the images.
         """
-        patches = self.patches(patch_embeds)
+        patches = self.patch_norm(self.patches(patch_embeds))
         states = self.queries.expand(len(patches), -1, -1)
         for layer in self.layers:
             states = layer(states, patches)

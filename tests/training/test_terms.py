@@ -163,7 +163,9 @@ def test_regions_are_grains(golden: Path) -> None:
     box_loss = losses["l1"] + losses["giou"]
     torch.testing.assert_close(box_loss, file["box_loss"], rtol=1e-3, atol=0)
     torch.testing.assert_close(*torch.autograd.grad(box_loss, boxes), file["box_grad"], rtol=0, atol=5e-3)
-    torch.testing.assert_close(overlaps(known[mask].unsqueeze(1), known[mask].flip(0))[1], file["giou"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        overlaps(known[mask].unsqueeze(1), known[mask].flip(0))[1], file["giou"], rtol=0, atol=1e-7
+    )
 
 
 # Negatives, tags, regions and labels
