@@ -42,7 +42,7 @@ def _locked_towers(
             towers["text"] = "its corner tokens are trained"
         elif accelerator.distributed_type == DistributedType.FSDP:
             towers["text"] = "FSDP shards it"
-    for modality, name in (("image", "patch_embeds"), ("image", "boxes"), ("text", "token_embeds")):
+    for modality, name in (("image", "boxes"), ("image", "patch_embeds"), ("text", "token_embeds")):
         if name in needs and modality in towers:
             towers[modality] = f"a term needs `{name}`"
     return dict.fromkeys(towers, "`no_cache` is set") if config.no_cache else towers
