@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_training import config, log_of
 
-from lotlip_hf import LoTLIPModel
-from lotlip_hf.regions import load_pooler, load_queries
+from lotlip_hf import LoTLIPModel, LoTLIPProcessor, cli
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.regions import load_pooler, load_queries, match, overlaps, to_corners
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
@@ -17,6 +18,7 @@ from lotlip_hf.training.data import load_data
 from lotlip_hf.training.data_checks import warn_of_data
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
+from lotlip_hf.training.objective import embed
 from lotlip_hf.training.terms.region_text import RegionText
 from lotlip_hf.training.terms.regions import Regions
 from seams import train_alone_and_together
@@ -78,3 +80,38 @@ def test_more_regions_than_queries(tmp_path: Path) -> None:
 def test_one_process_and_two_train_with_regions(flags: str, tmp_path: Path) -> None:
     words = ["--model", "scenes", "--terms", *OPTIONS["terms"], "--term-options", *SMALL, *flags.split()]
     train_alone_and_together("lotlip_hf.cli", tmp_path, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_regions_of_new_scenes_are_found(tmp_path: Path) -> None:
+    """Boxes by their images, and texts by their boxes: the matched boxes overlap, and R@10 is far above chance."""
+    shared = "train --data scenes --num-scenes 2000 --batch-size 64 --num-workers 0 --trackers none".split()
+    first = "--model scenes --num-long-texts 1 --num-sentences 0 --max-steps 400 --learning-rate 1e-3".split()
+    assert cli.main([*shared, *first, "--output", str(tmp_path / "start")]) == 0
+    start = list_checkpoints(tmp_path / "start")[-1]
+    second = (
+        "--num-long-texts 0 --max-steps 200 --learning-rate 2e-3 --num-regions 5 --terms infonce region_text regions"
+    )
+    second += " --term-options region_text.width=64 regions.width=64 regions.layers=2"
+    assert cli.main([*shared, "--model", str(start), *second.split(), "--output", str(tmp_path / "run")]) == 0
+    found = found_regions(list_checkpoints(tmp_path / "run")[-1])
+    assert found["iou"] > 0.5
+    assert found["r10"] > 5 * found["chance"]
+
+
+def found_regions(checkpoint: Path) -> dict[str, float]:
+    """The mean overlap of matched boxes, the R@10 of regions among texts and that of chance, in 200 new scenes."""
+    model, processor = LoTLIPModel.from_pretrained(checkpoint), LoTLIPProcessor.from_pretrained(checkpoint)
+    batch = LoTLIPCollator(processor, num_regions=5)([*scenes_dataset(2200)][2000:])
+    with torch.no_grad():
+        embeds = embed(model.eval(), batch, {"patch_embeds", "region_embeds"})
+        regions = load_pooler(checkpoint)(embeds["patch_embeds"], batch["boxes"])
+        boxes, _ = load_queries(checkpoint)(embeds["patch_embeds"])
+    mask = batch["box_mask"]
+    ious = overlaps(to_corners(boxes).unsqueeze(2), batch["boxes"].unsqueeze(1))[0]  # [B, Q, R]
+    chosen = match(-ious.masked_fill(~mask.unsqueeze(1), 0.0))
+    ious = ious.gather(1, chosen.unsqueeze(1)).squeeze(1)[mask]
+    cosines = regions[mask] @ embeds["region_embeds"][mask].t()
+    ranks = (cosines > cosines.diagonal().unsqueeze(1)).sum(1)
+    return {"iou": ious.mean().item(), "r10": (ranks < 10).float().mean().item(), "chance": 10 / len(cosines)}
