@@ -46,6 +46,7 @@ RESIZING_MODULE = "transformers.image_processing_backends"
 # Ratio of the sides above which an image is thin. At this ratio, resizing the shortest edge to 224 gives 224 x 14,336.
 MAX_ASPECT_RATIO = 64
 # Images with more pixels are resized before the image processor, which would make several copies of the full image.
+CONVNEXT_SQUASHED = 384  # pixels, from which ConvNeXt's image processor does not crop
 LARGE = 1 << 24
 
 EMPTY = "the file is empty"
@@ -365,7 +366,7 @@ def load_image(
     (255, 255, 255)
     ```
     """
-    with _loaded(source, name, image_processor, background) as image:
+    with _loaded(source, name, image_processor, background) as (image, _):
         return image
 
 
@@ -391,8 +392,15 @@ def load_pixels(
         `ValueError`: If `background` is not a colour.
         `TypeError`: If `source` has another type.
     """
-    with _loaded(source, name, image_processor, background) as image:
-        return dict(image_processor(images=[image], return_tensors="pt"))
+    return load_sized_pixels(source, name, image_processor=image_processor, background=background)[0]
+
+
+def load_sized_pixels(
+    source: ImageSource, name: str | None = None, *, image_processor: Any, background: Background = WHITE
+) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    """Returns what [`load_pixels`] does, and the width and height of the image, of which large ones are reduced."""
+    with _loaded(source, name, image_processor, background) as (image, size):
+        return dict(image_processor(images=[image], return_tensors="pt")), size
 
 
 def image_digest(source: ImageSource, name: str | None = None) -> str:
@@ -456,8 +464,8 @@ def processed_size(image_processor: Any) -> tuple[int, int]:
 @contextlib.contextmanager
 def _loaded(
     source: ImageSource, name: str | None, image_processor: Any, background: Background
-) -> Iterator[Image.Image]:
-    """Provides the image, and reserves its pixels in the budget of all threads until the context ends."""
+) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """Provides the image and its size, and reserves its pixels in the budget of all threads until the context ends."""
     source, path = image_source(source)
     name = ": ".join(filter(None, (name, path))) or "image"
     if not isinstance(source, ImageSource):
@@ -473,9 +481,12 @@ def _loaded(
     colour = checked_background(background)
     with contextlib.ExitStack() as held:
         with _image_errors(name):
-            image = _prepared(_read(source, name, image_processor, colour, held), name, image_processor)
+            whole = _read(source, name, image_processor, colour, held)
+            size = whole.size
+            image = _prepared(whole, name, image_processor)
+            del whole
         try:
-            yield image
+            yield image, size
         except MemoryError as error:
             raise ImageError(name, NO_MEMORY, transient=True) from error
 
@@ -608,6 +619,33 @@ def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int]
     if wanted.keys() == {"height", "width"} and wanted["height"] == wanted["width"]:
         return wanted["width"], wanted["height"]
     return None
+
+
+def crop_scales(size: tuple[int, int], image_processor: Any) -> tuple[float, float]:
+    """
+    Compares an image with the part that an image processor keeps of it.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the image, in any unit.
+        image_processor (`BaseImageProcessor`): Image processor.
+
+    Returns:
+        `tuple[float, float]`: Width and height of the resized image, as multiples of those of its centre crop. Both
+            are 1 if the processor does not crop.
+    """
+    wanted = dict(getattr(image_processor, "size", None) or {}) if getattr(image_processor, "do_resize", False) else {}
+    shortest = wanted.get("shortest_edge")
+    crop = dict(getattr(image_processor, "crop_size", None) or {})
+    if shortest and getattr(image_processor, "crop_pct", None) and shortest < CONVNEXT_SQUASHED:
+        crop = {"width": shortest, "height": shortest}
+        shortest = int(shortest / image_processor.crop_pct)
+    elif not crop or not getattr(image_processor, "do_center_crop", False):
+        return 1.0, 1.0
+    if shortest:
+        resized = [shortest * side / min(size) for side in size]
+    else:
+        resized = [wanted.get("width") or size[0], wanted.get("height") or size[1]]
+    return resized[0] / crop["width"], resized[1] / crop["height"]
 
 
 def is_thin(size: tuple[int, int], image_processor: Any) -> bool:

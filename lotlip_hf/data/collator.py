@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from transformers import ProcessorMixin
 
-from ..images import ImageError, background_of, load_image, load_pixels
+from ..images import ImageError, background_of, crop_scales, load_image, load_sized_pixels
 from .kept import digest_of
 from .masking import Masking, WordScores, noise_probability, prediction_probability
 from .record import Draw, Record, RecordError, Region, ShardError, Texts, check_record, record_rng, texts_digest
@@ -47,7 +47,8 @@ class Batch(ModelInputs):
     texts: list[list[str]]  # [B][T + n], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
     negative_mask: torch.Tensor  # [B, n], `False` where a record lacks a negative, only with `num_negatives`
-    boxes: torch.Tensor  # [B, R, 4], x0, y0, x1, y1 in [0, 1], only with `num_regions`
+    boxes: torch.Tensor  # [B, R, 4], x0, y0, x1, y1 in [0, 1], only with `num_regions` and `pixel_values`
+    region_keys: torch.Tensor  # [B, R], digests of the texts of regions, only with `num_regions`
     box_mask: torch.Tensor  # [B, R], `False` where a record lacks a region, only with `num_regions`
     tags: torch.Tensor  # [B, K], digests of the tags, padded with 0, only with `return_tags`
     groups: torch.Tensor  # [B], digests of the groups, only with `return_groups`
@@ -89,9 +90,11 @@ class LoTLIPCollator:
             `model(**batch)` does not accept `negative_mask`; [`~lotlip_hf.training.objective.embed`] splits the
             negatives off.
         num_regions (`int`, *optional*, defaults to 0): Number of `regions` of a record to draw in a step, without
-            repetition. Their texts follow the negatives, and `boxes` has their boxes. Where a record has fewer, its
-            short caption and the box of the whole image fill the row, and `box_mask` is `False`. With 0, regions cost
-            nothing. `model(**batch)` does not accept `boxes` and `box_mask`.
+            repetition. Their texts follow the negatives, and `boxes` has their boxes in the image that the model sees:
+            if the image processor crops, boxes are cropped too, and those with their centre outside are left out.
+            Where a record has fewer, its short caption and the box of the whole image fill the row, and `box_mask` is
+            `False`. `region_keys` has the digests of the texts. With 0, regions cost nothing. `model(**batch)` does
+            not accept `boxes`, `box_mask` and `region_keys`.
         return_tags (`bool`, *optional*, defaults to `False`): Whether to add `tags` to batches: the digests of the
             tags of each record, for which case and white space do not matter. K is the largest number of tags in the
             batch, at least 1. Without it, tags cost nothing. `model(**batch)` does not accept `tags`.
@@ -208,9 +211,10 @@ class LoTLIPCollator:
             `KeyError`: If the records lack a required field.
             `ValueError`: If the records lack captions that `draw` needs.
         """
+        image_processor = getattr(self.processor, "image_processor", self.processor)
         load = partial(
-            load_pixels,
-            image_processor=getattr(self.processor, "image_processor", self.processor),
+            load_sized_pixels,
+            image_processor=image_processor,
             background=background_of(self.processor),
         )
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
@@ -224,7 +228,9 @@ class LoTLIPCollator:
                     read = check_record(record)
                     image = image_key(read)
                 else:  # one image at a time, as a batch of large images could fill the memory
-                    read, image = read_record(record, load)
+                    read, (image, size) = read_record(record, load)
+                    if self.num_regions:
+                        read = _seen(read, crop_scales(size, image_processor))
                 if self.read_for_teacher is not None:
                     inputs.append(self.read_for_teacher(read))
             except (ImageError, RecordError) as error:
@@ -284,8 +290,12 @@ class LoTLIPCollator:
         if self.num_negatives:
             batch["negative_mask"] = torch.tensor([mask for _, mask in negatives])
         if self.num_regions:
-            boxes = [[region["box"] for region in drawn_regions] for drawn_regions, _ in regions]
-            batch["boxes"] = torch.tensor(boxes, dtype=torch.float32)
+            if "image" not in self.frozen:  # else the size of the images is unknown
+                boxes = [[region["box"] for region in drawn_regions] for drawn_regions, _ in regions]
+                batch["boxes"] = torch.tensor(boxes, dtype=torch.float32)
+            batch["region_keys"] = torch.tensor(
+                [[texts_digest([region["text"]]) for region in drawn_regions] for drawn_regions, _ in regions]
+            )
             batch["box_mask"] = torch.tensor([mask for _, mask in regions])
         if self.return_tags:
             batch["tags"] = _tag_keys(checked)
@@ -373,6 +383,18 @@ def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str]
     drawn = rng.sample(known, min(number, len(known)))
     rest = number - len(drawn)
     return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
+
+
+def _seen(record: Record, scales: tuple[float, float]) -> Record:
+    """Returns a record with the regions that the crop of its image keeps. See [`~lotlip_hf.images.crop_scales`]."""
+    if "regions" not in record or scales == (1.0, 1.0):
+        return record
+    seen: list[Region] = []
+    for region in record["regions"]:
+        box = [(value - 0.5) * scale + 0.5 for value, scale in zip(region["box"], (*scales, *scales), strict=True)]
+        if all(0 <= first + last <= 2 for first, last in zip(box[:2], box[2:], strict=True)):
+            seen.append({"box": [min(max(value, 0.0), 1.0) for value in box], "text": region["text"]})
+    return {**record, "regions": seen}
 
 
 def _draw_regions(record: Record, number: int, rng: Random) -> tuple[list[Region], list[bool]]:

@@ -233,8 +233,8 @@ class TrainingConfig:
 
     terms: list[str] = option(
         "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, distribution, hard_negatives, "
-        "masked_words; with columns of the data negatives, tags; and with --teacher instance, structure, "
-        "similarities, cosine. Write a weight other than 1 as in infonce:0.5",
+        "masked_words; with columns of the data negatives, tags, region_text, regions; and with --teacher instance, "
+        "structure, similarities, cosine. Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",

@@ -213,7 +213,7 @@ def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Returns the tensors for a model as teacher: whole images, and texts without riders."""
-    unseen = ("kept_patches", "boxes", *RIDERS.values())
+    unseen = ("kept_patches", *RIDERS.values())
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in unseen}
     if number := sum(num_riders(batch).values()):
         for name in {"long_input_ids", "long_attention_mask", "text_states"} & inputs.keys():

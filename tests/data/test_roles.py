@@ -1,4 +1,4 @@
-"""Roles of captions: the short text that `mixed` draws, and the negatives and tags of a batch."""
+"""Roles of captions: the short text that `mixed` draws, and the negatives, regions and tags of a batch."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from lotlip_hf import LoTLIPProcessor
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.record import RecordError, record_rng
+from lotlip_hf.data.record import RecordError, record_rng, texts_digest
 from lotlip_hf.data.records import MissingColumn, load_records
 from lotlip_hf.data.sampling import Mixed, SubCaptions
+from lotlip_hf.images import official_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.config import parse_arguments
 
@@ -164,6 +167,48 @@ def test_regions_ride_behind_the_negatives(processor: LoTLIPProcessor) -> None:
         assert torch.equal(batch["long_input_ids"], long["input_ids"])
         seen |= set(phrases[0])
     assert seen == set(boxes)
+
+
+def white_part(image: torch.Tensor) -> list[float]:
+    """The box of the white pixels of an image [3, H, W]."""
+    white = image.mean(0) > image.mean(0).min() + (image.max() - image.min()) / 2
+    sides = [white.any(axis).nonzero().squeeze(1) for axis in (0, 1)]
+    (x0, x1), (y0, y1) = ((side[0].item(), side[-1].item() + 1) for side in sides)
+    height, width = white.shape
+    return [x0 / width, y0 / height, x1 / width, y1 / height]
+
+
+CROPS: dict[str, Any] = {
+    "the released models": official_image_processor(64),
+    "a margin": CLIPImageProcessorPil(size={"shortest_edge": 80}, crop_size={"height": 64, "width": 64}),
+    "a frame": CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 64, "width": 64}),
+    "squashed, with a margin": CLIPImageProcessorPil(
+        size={"height": 96, "width": 72}, crop_size={"height": 64, "width": 64}
+    ),
+    "not resized": CLIPImageProcessorPil(do_resize=False, crop_size={"height": 64, "width": 64}),
+    "squashed": ViTImageProcessorPil(size={"height": 64, "width": 64}),
+    "ConvNeXt": ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.8),
+}
+
+
+@pytest.mark.parametrize("kind", CROPS)
+@pytest.mark.parametrize("size", [(128, 96), (96, 128), (100, 100)])
+def test_boxes_are_those_of_the_image_that_the_model_sees(
+    kind: str, size: tuple[int, int], processor: LoTLIPProcessor
+) -> None:
+    """A region whose centre is outside of the crop is left out."""
+    image = Image.new("RGB", size, "black")
+    box = [0.375, 0.375, 0.75, 0.625]
+    image.paste("white", tuple(round(value * side) for value, side in zip(box, (*size, *size), strict=True)))
+    regions = [{"box": box, "text": "white"}, {"box": [0, 0, 0.02, 0.02], "text": "corner"}]
+    record = {"image": image, "short_caption": "a", "long_captions": ["a"], "id": "a", "regions": regions}
+    collator = LoTLIPCollator(LoTLIPProcessor(CROPS[kind], processor.tokenizer), num_regions=2)
+    batch = collator([record])
+    found = dict(zip(batch["region_keys"][0].tolist(), batch["boxes"][0].tolist(), strict=True))
+    expected = white_part(batch["pixel_values"][0])
+    assert found[texts_digest(["white"])] == pytest.approx(expected, abs=2 / 64)
+    is_whole = kind in ("squashed", "a frame") or (kind == "the released models" and size == (100, 100))
+    assert batch["box_mask"].sum() == 1 + is_whole
 
 
 def test_tags_are_digests(processor: LoTLIPProcessor) -> None:

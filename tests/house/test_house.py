@@ -34,7 +34,7 @@ FLOORS = (
     ("modeling",),
     ("auto",),
     ("files", "terminal", "options"),
-    ("images", "plots", "distributed", "lora", "sentence_folder", "adapter_check", "attribution", "words"),
+    ("images", "plots", "distributed", "lora", "sentence_folder", "adapter_check", "attribution", "words", "regions"),
     ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),

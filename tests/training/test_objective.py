@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from scipy.optimize import linear_sum_assignment
 from test_new_term import Guess
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -39,6 +40,10 @@ WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 VOCABULARY = Path(__file__).with_name("vocabulary.txt")
 TAGGED = {"vocabulary": VOCABULARY, "projection_dim": 5}
 MASKED = {"num_layers": 1, "projection_dim": 5, "vocab_size": 9}
+REGIONS = {
+    "region_text": {"grounding": 0.5, "width": 8, "projection_dim": 5},
+    "regions": {"queries": 4, "layers": 1, "width": 8, "l1": 2.0, "description": 0.5, "projection_dim": 5},
+}
 # Terms and their options.
 OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"infonce": {}},
@@ -53,7 +58,9 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"hard_negatives": {"directions": "image"}, "similarities": {"temperature": 0.3, "of": "both"}},
     {"negatives": {}, "tags": TAGGED},
     {"distribution": {}, "masked_words": MASKED},
+    REGIONS,
     {"infonce": {}, "guess": {}, "sigmoid": {}, "hard_negatives": {}, "negatives": {}, "tags": TAGGED, "cosine": {}},
+    {"infonce": {}, **REGIONS, "negatives": {}},
 ]
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
 # Equal texts of 13 samples: short ones in groups of 1 to 5, all of the second kind, and none of the third.
@@ -98,8 +105,12 @@ class Towers(nn.Module):
         self.negatives, self.image_targets = random(13, 2, 7), F.normalize(random(13, 5), dim=-1)
         self.mask = torch.arange(26).view(13, 2) % 3 > 0
         self.mask[4] = self.mask[7] = False
-        self.patches, self.tokens = random(13, 3, 6), random(13, 4, 7)
-        self.token_mask = torch.arange(4) < torch.tensor([4, 2, 3, 4] * 3 + [4]).unsqueeze(1)
+        self.patches, self.phrases = random(13, 4, 6), random(13, 3, 7)
+        corners = torch.rand(13, 3, 2, 2, generator=generator).sort(dim=2).values
+        self.boxes, self.phrase_keys = corners.flatten(2), torch.arange(39).view(13, 3) % 17
+        self.box_mask = torch.arange(39).view(13, 3) % 4 > 0
+        self.box_mask[0] = self.box_mask[3] = self.box_mask[12] = False
+        self.tokens, self.token_mask = random(13, 4, 7), torch.arange(4) < torch.tensor([4, 2, 3] * 4 + [4])[:, None]
         self.masked_labels = LABELS.masked_fill(~self.token_mask.unsqueeze(1), -100)
 
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -114,6 +125,10 @@ class Towers(nn.Module):
             "masked_token_mask": self.token_mask[samples],
             "masked_labels": self.masked_labels[samples],
             "groups": self.text_keys[samples, 0],
+            "region_embeds": F.normalize(self.phrases[samples] @ self.text_map, dim=-1),
+            "region_keys": self.phrase_keys[samples],
+            "boxes": self.boxes[samples],
+            "box_mask": self.box_mask[samples],
             "labels": self.labels[samples],
             "tags": self.tags[samples],
             "text_keys": self.text_keys[samples],
@@ -221,11 +236,66 @@ def masked_words(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) ->
     return torch.stack(losses).mean()
 
 
+def cross_entropy(rows: list[torch.Tensor], columns: list[torch.Tensor], keys: list[int]) -> torch.Tensor:
+    """Of each row against its column and those with other keys."""
+    losses = []
+    for i, row in enumerate(rows):
+        others = [column for column, key in zip(columns, keys, strict=True) if key != keys[i]]
+        losses.append(F.cross_entropy(torch.stack([columns[i], *others]) @ row, torch.tensor(0)))
+    return torch.stack(losses).mean()
+
+
+def box_losses(box: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """L1 and 1 - generalised intersection over union of a box (centre, width, height) and one of corners."""
+    (x, y, w, h), (x0, y0, x1, y1) = box, known
+    a0, b0, a1, b1 = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    l1 = (x - (x0 + x1) / 2).abs() + (y - (y0 + y1) / 2).abs() + (w - (x1 - x0)).abs() + (h - (y1 - y0)).abs()
+    zero = torch.tensor(0.0)
+    shared = torch.max(torch.min(a1, x1) - torch.max(a0, x0), zero) * torch.max(
+        torch.min(b1, y1) - torch.max(b0, y0), zero
+    )
+    union = w * h + (x1 - x0) * (y1 - y0) - shared
+    hull = (torch.max(a1, x1) - torch.min(a0, x0)) * (torch.max(b1, y1) - torch.min(b0, y0))
+    return torch.stack([l1, 1 - shared / union + (hull - union) / hull])
+
+
+def region_text(term: Any, embeds: dict[str, torch.Tensor], logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Region by region, each alone with its image."""
+    regions, texts, keys, losses = [], [], [], []
+    for i, j in embeds["box_mask"].nonzero().tolist():
+        patches, box, text = embeds["patch_embeds"][i, None], embeds["boxes"][i, j], embeds["region_embeds"][i, j]
+        regions.append(logit_scale * term.pooler(patches, box[None, None])[0, 0])
+        texts.append(text)
+        keys.append(embeds["region_keys"][i, j].item())
+        losses.append(box_losses(term.pooler.locate(patches, text[None, None])[0, 0], box).sum())
+    contrast = (cross_entropy(regions, texts, keys) + cross_entropy(texts, regions, keys)) / 2
+    return {"contrast": contrast, "grounding": term.grounding * torch.stack(losses).mean()}
+
+
+def regions(term: Any, embeds: dict[str, torch.Tensor], logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Image by image, matched by scipy."""
+    found, texts, keys, losses = [], [], [], []
+    for i, mask in enumerate(embeds["box_mask"]):
+        boxes, vectors = (each[0] for each in term.head(embeds["patch_embeds"][i, None]))
+        known = embeds["boxes"][i][mask]
+        pairs_of = [[box_losses(box, one) for one in known] for box in boxes]
+        costs = [[(5 * l1 + 2 * giou).item() for l1, giou in row] for row in pairs_of]
+        for query, region in zip(*linear_sum_assignment(costs), strict=True) if len(known) else ():
+            losses.append(pairs_of[query][region])
+            found.append(logit_scale * vectors[query])
+            texts.append(embeds["region_embeds"][i][mask][region])
+            keys.append(embeds["region_keys"][i][mask][region].item())
+    l1, giou = torch.stack(losses).mean(0)
+    parts = {"l1": l1, "giou": giou, "description": cross_entropy(found, texts, keys)}
+    return {name: term.weights[name] * value for name, value in parts.items()}
+
+
 PLAIN = {
     one.__name__: one
     for one in (
         *(guess, instance, structure, cosine, similarities, hard_negatives, negatives, tags),
         masked_words,
+        *(region_text, regions),
     )
 }
 
@@ -259,7 +329,9 @@ def plain_loss(
     losses = {}
     for name, term in objective.terms.items():
         if name in PLAIN:
-            losses[f"loss_{name}"] = PLAIN[name](term, embeds, logit_scale)
+            loss = PLAIN[name](term, embeds, logit_scale)
+            losses |= {f"loss_{name}_{part}": one for part, one in loss.items()} if isinstance(loss, dict) else {}
+            losses |= {} if isinstance(loss, dict) else {f"loss_{name}": loss}
             continue
         each = []
         for number, text in enumerate(torch.cat(features, dim=1).unbind(1)):
@@ -485,9 +557,11 @@ def tiny_model(dropout: float = 0.0) -> LoTLIPModel:
     return model.train()
 
 
-def tiny_batch(batch_size: int, num_negatives: int = 0, is_masked: bool = False) -> dict[str, Any]:
+def tiny_batch(
+    batch_size: int, num_negatives: int = 0, num_regions: int = 0, is_masked: bool = False
+) -> dict[str, Any]:
     torch.manual_seed(3)
-    long_input_ids = tiny.input_ids(batch_size, 2 + num_negatives + is_masked, 8)
+    long_input_ids = tiny.input_ids(batch_size, 2 + num_negatives + num_regions + is_masked, 8)
     batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": long_input_ids}
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
@@ -500,6 +574,10 @@ def tiny_batch(batch_size: int, num_negatives: int = 0, is_masked: bool = False)
         others["negative_mask"] = numbers % 3 > 0
     if is_masked:
         others["masked_labels"] = F.pad(LABELS[:batch_size], (0, 4), value=-100)
+    if num_regions:
+        corners = torch.rand(batch_size, num_regions, 2, 2).sort(dim=2).values
+        numbers = torch.arange(num_regions * batch_size).view(batch_size, num_regions)
+        others |= {"boxes": corners.flatten(2), "region_keys": numbers % 5, "box_mask": numbers % 4 > 0}
     return {**batch, **others, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
 
@@ -516,6 +594,7 @@ CACHED = [
     {"negatives": {}, "hard_negatives": {}, "soft_labels": {}},
     {"tags": {"vocabulary": VOCABULARY, "projection_dim": 24}},
     {"distribution": {}, "masked_words": {**MASKED, "projection_dim": 24}, "negatives": {}},
+    {"negatives": {}, **{name: {**options, "projection_dim": 24} for name, options in REGIONS.items()}},
 ]
 
 
@@ -538,7 +617,8 @@ def chunked_plain(
 def test_cached_gradients_are_the_plain_ones(
     dropout: float, terms: dict[str, dict[str, Any]], with_accelerator: bool
 ) -> None:
-    batch = tiny_batch(7, 2 if "negatives" in terms else 0, "masked_words" in terms)
+    numbers = (2 if "negatives" in terms else 0, 3 if "regions" in terms else 0)
+    batch = tiny_batch(7, *numbers, "masked_words" in terms)
     objective = make(terms)
     model = tiny_model(dropout)
     plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)

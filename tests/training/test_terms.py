@@ -14,6 +14,7 @@ from lotlip_hf import LoTLIPConfig
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.data.record import texts_digest
 from lotlip_hf.encoder import load_encoder
+from lotlip_hf.regions import overlaps
 from lotlip_hf.scenes.dataset import scene, short_caption
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
@@ -29,6 +30,7 @@ from lotlip_hf.training.terms.instance import Instance
 from lotlip_hf.training.terms.masked_words import MaskedWords
 from lotlip_hf.training.terms.negatives import Negatives
 from lotlip_hf.training.terms.primary_components import PrimaryComponents, primary_components
+from lotlip_hf.training.terms.regions import Regions
 from lotlip_hf.training.terms.similarities import Similarities
 from lotlip_hf.training.terms.soft_labels import SoftLabels
 from lotlip_hf.training.terms.structure import Structure
@@ -56,6 +58,7 @@ def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
         "masked_token_embeds": (7,),
         "teacher_image_embeds": (),
         "teacher_text_embeds": (num_texts,),
+        "region_embeds": (3,),
     }
     made = {name: embeddings(batch_size, *shape, 5).double() for name, shape in shapes.items()}
     tags = [[texts_digest(["blue"]), texts_digest(["small"])], [texts_digest(["red"]), 0], [0, 0]]
@@ -66,6 +69,9 @@ def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
         "masked_token_mask": torch.arange(7) < torch.arange(2, 2 + batch_size).unsqueeze(1),
         "masked_labels": torch.tensor([3, -100, -100, -100, 8, 1, -100]).repeat(batch_size, 1, 1),
         "negative_mask": (torch.arange(2 * batch_size) % 3 > 0).view(batch_size, 2),
+        "boxes": torch.rand(batch_size, 3, 2, 2).double().sort(dim=2).values.flatten(2),
+        "region_keys": torch.arange(3 * batch_size).view(batch_size, 3) % 11,
+        "box_mask": (torch.arange(3 * batch_size) % 4 > 0).view(batch_size, 3),
     }
 
 
@@ -85,6 +91,8 @@ DIFFERENTIABLE: list[tuple[str, dict[str, Any]]] = [
     ("tags", TAGGED),
     ("distribution", {}),
     ("masked_words", {"num_layers": 1, "projection_dim": 5, "vocab_size": 9}),
+    ("region_text", {"grounding": 0.5, "width": 8, "projection_dim": 5}),
+    ("regions", {"queries": 4, "layers": 2, "width": 8, "projection_dim": 5}),
     ("instance", {"of": "both"}),
     ("structure", {"of": "both"}),
     ("structure", {"of": "image", "distance": "squared"}),
@@ -155,7 +163,31 @@ def test_infonce_of_short_texts_is_laclips(golden: Path) -> None:
         torch.testing.assert_close(tensor.grad, file[f"{name}_grad"], **EXACT)
 
 
-# Negatives, tags and labels
+def test_regions_are_grains(golden: Path) -> None:
+    """Its code adds 1e-4 to the union of boxes, and weights both losses of boxes with 1.5."""
+    file = load_file(golden / "terms" / "grain.safetensors")
+    mask, known = file["mask"] > 0, file["boxes"]
+    boxes, embeds, texts = (file[name].requires_grad_() for name in ("pred_boxes", "embeds", "texts"))
+    views = {"region_embeds": F.normalize(texts, dim=-1), "boxes": known, "box_mask": mask}
+    views["region_keys"] = torch.arange(mask.numel()).view(mask.shape)
+    term = Regions(l1=1.5, giou=1.5, layers=1, width=8, projection_dim=6)
+    losses = term.losses(boxes, F.normalize(embeds, dim=-1), Views(views, torch.tensor(20.0)))
+    torch.testing.assert_close(losses["l1"] / 1.5, file["loss_l1"], **EXACT)
+    torch.testing.assert_close(losses["giou"] / 1.5, file["loss_giou"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses["description"], file["loss_description"], **EXACT)
+    for grad, name in zip(
+        torch.autograd.grad(losses["description"], [embeds, texts]), ("embeds", "texts"), strict=True
+    ):
+        torch.testing.assert_close(grad, file[f"{name}_grad"], **EXACT)
+    box_loss = losses["l1"] + losses["giou"]
+    torch.testing.assert_close(box_loss, file["box_loss"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(*torch.autograd.grad(box_loss, boxes), file["box_grad"], rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        overlaps(known[mask].unsqueeze(1), known[mask].flip(0))[1], file["giou"], rtol=0, atol=1e-7
+    )
+
+
+# Negatives, tags, regions and labels
 
 
 @pytest.mark.parametrize(("margin", "is_left_out"), [(0.1, True), (3.0, False)])
@@ -226,6 +258,24 @@ def test_masked_words_see_no_padding(is_kept: bool) -> None:
     nothing.backward()
     assert nothing == 0
     assert not any(parameter.grad.any() for parameter in term.parameters())
+
+
+@pytest.mark.parametrize("name", ["region_text", "regions"])
+def test_regions_are_those_of_records_that_have_some(name: str) -> None:
+    """Equal texts are no negatives of each other, and where no record has regions nothing is trained."""
+    small = {"layers": 1, "queries": 3} if name == "regions" else {"grounding": 1.0}
+    term, given = TERMS[name](width=8, projection_dim=5, **small).double(), tensors()
+    given["box_mask"][2:4] = False
+    some = given["box_mask"].any(1)
+    expected = loss_of(term, {key: value[some] for key, value in given.items()})
+    torch.testing.assert_close(loss_of(term, given), expected, **EXACT)
+    equal, contrast = {**given, "region_keys": torch.zeros(6, 3, dtype=torch.long)}, {"region_text": "contrast"}
+    part = contrast.get(name, "description")
+    assert term(Views(equal, torch.tensor(7.0)))[part] == 0 < term(Views(given, torch.tensor(7.0)))[part]
+    nothing = loss_of(term, {**given, "box_mask": torch.zeros(6, 3, dtype=torch.bool)})
+    nothing.backward()
+    assert nothing == 0
+    assert not any(each.grad.any() for each in term.parameters() if each.grad is not None)
 
 
 def test_tags_are_classes_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -463,6 +513,10 @@ def test_a_term_with_weight_0_is_left_out(name: str) -> None:
         ),
         (["--terms", "masked_words", "--term-options", "masked_words.num_layers=0"], ["`num_layers`"]),
         (["--terms", "soft_labels", "--term-options", "soft_labels.share=1"], ["`share`"]),
+        (["--terms", "region_text", "--term-options", "region_text.grounding=-1"], ["`grounding`"]),
+        (["--terms", "region_text", "--term-options", "region_text.width=100"], ["region_text", "`width`"]),
+        (["--terms", "regions", "--term-options", "regions.queries=0"], ["`queries`"]),
+        (["--terms", "regions", "--term-options", "regions.giou=-1"], ["`giou`"]),
         (["--loss", "infonce"], ["--loss", "--terms sigmoid", "infonce"]),
         (["--num-primary-components", "32"], ["--terms primary_components"]),
     ],

@@ -17,6 +17,8 @@ from .instance import Instance
 from .masked_words import MaskedWords
 from .negatives import Negatives
 from .primary_components import PrimaryComponents
+from .region_text import RegionText
+from .regions import Regions
 from .sigmoid import Sigmoid
 from .similarities import Similarities
 from .soft_labels import SoftLabels
@@ -33,6 +35,8 @@ TERMS: dict[str, type[nn.Module]] = {
     "negatives": Negatives,
     "tags": Tags,
     "masked_words": MaskedWords,
+    "region_text": RegionText,
+    "regions": Regions,
     "instance": Instance,
     "structure": Structure,
     "similarities": Similarities,

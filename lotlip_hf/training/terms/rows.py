@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ...distributed import all_sizes, gather, rank
 from . import pairs
 
 
@@ -41,3 +42,29 @@ def sum_of_rows(
         for number, block in enumerate(blocks)
     ]
     return torch.stack(sums).sum()
+
+
+def sum_of_matches(
+    rows: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor
+) -> torch.Tensor:
+    """
+    Sums the cross entropy of rows against the columns of all processes, of which the i-th of this process belongs to
+    its i-th row. Other columns with the key of that column are left out.
+
+    Args:
+        rows (`torch.Tensor`): Embeddings [n, dim]. n may differ between processes and may be 0.
+        columns (`torch.Tensor`): Embeddings [n, dim].
+        keys (`torch.Tensor`): Keys [n] of the columns.
+        logit_scale (`torch.Tensor`): Factor of the similarities.
+    """
+    sizes = all_sizes(rows)
+    every, every_key = gather(columns, sizes), gather(keys, sizes)
+    if not len(every):
+        return rows.sum()
+
+    def of_rows(cosines: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        equal = every_key[own.int().argmax(1)].unsqueeze(1) == every_key
+        logits = (logit_scale * cosines).masked_fill(equal & ~own, -torch.inf)
+        return logits.logsumexp(1).sum() - logits[own].sum()
+
+    return sum_of_rows(of_rows, [rows], [every], sum(sizes[: rank()]))
