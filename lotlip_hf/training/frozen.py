@@ -42,13 +42,8 @@ def _locked_towers(
             towers["text"] = "its corner tokens are trained"
         elif accelerator.distributed_type == DistributedType.FSDP:
             towers["text"] = "FSDP shards it"
-    computed = (
-        ("image", "boxes"),
-        ("image", "patch_embeds"),
-        ("text", "token_embeds"),
-        ("text", "masked_token_embeds"),
-    )
-    for modality, name in computed:
+    of_tokens = [("text", "token_embeds"), ("text", "masked_token_embeds")]
+    for modality, name in (("image", "boxes"), ("image", "patch_embeds"), *of_tokens):
         if name in needs and modality in towers:
             towers[modality] = f"a term needs `{name}`"
     if config.word_scores is not None and "text" in towers:

@@ -105,14 +105,13 @@ class Towers(nn.Module):
         self.negatives, self.image_targets = random(13, 2, 7), F.normalize(random(13, 5), dim=-1)
         self.mask = torch.arange(26).view(13, 2) % 3 > 0
         self.mask[4] = self.mask[7] = False
-        self.tokens = random(13, 4, 7)
-        self.token_mask = torch.arange(4) < torch.tensor([4, 2, 3, 4] * 3 + [4]).unsqueeze(1)
-        self.masked_labels = LABELS.masked_fill(~self.token_mask.unsqueeze(1), -100)
         self.patches, self.phrases = random(13, 4, 6), random(13, 3, 7)
         corners = torch.rand(13, 3, 2, 2, generator=generator).sort(dim=2).values
         self.boxes, self.phrase_keys = corners.flatten(2), torch.arange(39).view(13, 3) % 17
         self.box_mask = torch.arange(39).view(13, 3) % 4 > 0
         self.box_mask[0] = self.box_mask[3] = self.box_mask[12] = False
+        self.tokens, self.token_mask = random(13, 4, 7), torch.arange(4) < torch.tensor([4, 2, 3] * 4 + [4])[:, None]
+        self.masked_labels = LABELS.masked_fill(~self.token_mask.unsqueeze(1), -100)
 
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         embeds = {
@@ -618,8 +617,8 @@ def chunked_plain(
 def test_cached_gradients_are_the_plain_ones(
     dropout: float, terms: dict[str, dict[str, Any]], with_accelerator: bool
 ) -> None:
-    numbers = 2 if "negatives" in terms else 0, 3 if "regions" in terms else 0
-    batch = tiny_batch(7, *numbers, is_masked="masked_words" in terms)
+    numbers = (2 if "negatives" in terms else 0, 3 if "regions" in terms else 0)
+    batch = tiny_batch(7, *numbers, "masked_words" in terms)
     objective = make(terms)
     model = tiny_model(dropout)
     plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)

@@ -115,12 +115,16 @@ def test_frozen_towers_are_computed_in_every_step(
 
 
 def test_a_weight_of_0_leaves_the_other_terms(tmp_path: Path) -> None:
+    """And the teacher has targets of the texts, and not of the masked one."""
+    for part in small_model(hidden_size=96, seed=3):
+        part.save_pretrained(tmp_path / "teacher")
+    options = {"teacher": str(tmp_path / "teacher"), "no_cache": True, "term_options": []}
     without, zero, beside = (
-        run(tmp_path / str(number), terms=["infonce", *terms], term_options=[])
+        run(tmp_path / str(number), terms=["infonce", "instance", *terms], **options)
         for number, terms in enumerate(([], ["distribution:0", "masked_words:0"], ["masked_words"]))
     )
     assert zero == without
-    for name in ("loss_infonce_short", "loss_infonce_long"):
+    for name in ("loss_infonce_short", "loss_infonce_long", "loss_instance"):
         assert beside[0][name] == pytest.approx(without[0][name], abs=1e-5)
 
 
