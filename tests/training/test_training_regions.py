@@ -83,35 +83,20 @@ def test_one_process_and_two_train_with_regions(flags: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_regions_of_new_scenes_are_found(tmp_path: Path) -> None:
-    """Boxes by their images, and texts by their boxes: the matched boxes overlap, and R@10 is far above chance."""
-    shared = "train --data scenes --num-scenes 2000 --batch-size 64 --num-workers 0 --trackers none".split()
-    first = "--model scenes --num-long-texts 1 --num-sentences 0 --max-steps 400 --learning-rate 1e-3".split()
-    assert cli.main([*shared, *first, "--output", str(tmp_path / "start")]) == 0
-    start = list_checkpoints(tmp_path / "start")[-1]
-    second = (
-        "--num-long-texts 0 --max-steps 200 --learning-rate 2e-3 --num-regions 5 --terms infonce region_text regions"
-    )
-    second += " --term-options region_text.width=64 regions.width=64 regions.layers=2"
-    assert cli.main([*shared, "--model", str(start), *second.split(), "--output", str(tmp_path / "run")]) == 0
-    found = found_regions(list_checkpoints(tmp_path / "run")[-1])
-    assert found["iou"] > 0.5
-    assert found["r10"] > 5 * found["chance"]
-
-
-def found_regions(checkpoint: Path) -> dict[str, float]:
-    """The mean overlap of matched boxes, the R@10 of regions among texts and that of chance, in 200 new scenes."""
+def test_boxes_of_new_scenes_are_found(tmp_path: Path) -> None:
+    """From random weights, in 150 steps."""
+    words = "train --model scenes --data scenes --num-scenes 1000 --num-long-texts 0 --batch-size 64 --max-steps 150"
+    words += " --learning-rate 2e-3 --num-workers 0 --trackers none --num-regions 5 --terms regions"
+    words += " --term-options regions.width=64 regions.layers=2 regions.description=0"
+    assert cli.main([*words.split(), "--output", str(tmp_path)]) == 0
+    checkpoint = list_checkpoints(tmp_path)[-1]
     model, processor = LoTLIPModel.from_pretrained(checkpoint), LoTLIPProcessor.from_pretrained(checkpoint)
-    batch = LoTLIPCollator(processor, num_regions=5)([*scenes_dataset(2200)][2000:])
+    batch = LoTLIPCollator(processor, num_regions=5)([*scenes_dataset(1200)][1000:])
     with torch.no_grad():
-        embeds = embed(model.eval(), batch, {"patch_embeds", "region_embeds"})
-        regions = load_pooler(checkpoint)(embeds["patch_embeds"], batch["boxes"])
-        boxes, _ = load_queries(checkpoint)(embeds["patch_embeds"])
+        patches = embed(model.eval(), batch, {"patch_embeds"})["patch_embeds"]
+        boxes, _ = load_queries(checkpoint)(patches)
     mask = batch["box_mask"]
     ious = overlaps(to_corners(boxes).unsqueeze(2), batch["boxes"].unsqueeze(1))[0]  # [B, Q, R]
     chosen = match(-ious.masked_fill(~mask.unsqueeze(1), 0.0))
-    ious = ious.gather(1, chosen.unsqueeze(1)).squeeze(1)[mask]
-    cosines = regions[mask] @ embeds["region_embeds"][mask].t()
-    ranks = (cosines > cosines.diagonal().unsqueeze(1)).sum(1)
-    return {"iou": ious.mean().item(), "r10": (ranks < 10).float().mean().item(), "chance": 10 / len(cosines)}
+    found = ious.gather(1, chosen.unsqueeze(1)).squeeze(1)[mask].mean().item()
+    assert found > 0.5

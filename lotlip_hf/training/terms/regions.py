@@ -9,6 +9,7 @@ from .rows import sum_of_matches
 from .views import Views
 
 COSTS = 5.0, 2.0  # of the matching: of L1, and of the generalised intersection over union
+TIE = 1e-3
 
 
 class Regions(nn.Module):
@@ -61,9 +62,12 @@ class Regions(nn.Module):
         """Returns the weighted parts, given boxes [b, Q, 4] (centre, width, height) and embeddings [b, Q, dim]."""
         mask, known = views["box_mask"], views["boxes"].to(boxes.dtype)
         distances, ious = _compare(boxes.unsqueeze(2), known.unsqueeze(1))  # [b, Q, R]
+        costs = (COSTS[0] * distances - COSTS[1] * ious).detach()
+        # Regions with the same box would be matched by rounding errors, which differ between numbers of processes.
+        numbers = (torch.arange(size, device=boxes.device) / size for size in costs.shape[1:])
+        costs = costs + TIE * torch.outer(*numbers)
         # What is no region takes one of the queries that are left.
-        costs = (COSTS[0] * distances - COSTS[1] * ious).detach().masked_fill(~mask.unsqueeze(1), 0.0)
-        chosen = match(costs)  # [b, R]
+        chosen = match(costs.masked_fill(~mask.unsqueeze(1), 0.0))  # [b, R]
         rows = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
         distances, ious = _compare(boxes[rows, chosen][mask], known[mask])
         sums = {
