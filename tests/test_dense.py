@@ -170,7 +170,9 @@ def test_enriched_classes_by_hand() -> None:
 @pytest.mark.slow
 def test_on_scenes(tmp_path: Path) -> None:
     """After a short training, most heat is in the object's cell, and calibration makes segmentation better."""
-    flags = "--num-scenes 5000 --num-sentences 0 --max-text-length 128 --max-steps 400 --batch-size 64"
+    flags = (
+        "--num-scenes 5000 --num-sentences 0 --num-long-texts 1 --max-text-length 128 --max-steps 400 --batch-size 64"
+    )
     run = ["--model", "scenes", "--data", "scenes", "--trackers", "none", "--output", str(tmp_path / "run")]
     rate = "--learning-rate 1.5e-3 --warmup-steps 100 --num-workers 0"
     assert lotlip(["train", *run, *flags.split(), *rate.split()]) == 0
