@@ -18,6 +18,7 @@ from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.evaluation.evaluate import evaluate
 from lotlip_hf.scenes.dataset import GRID, regions, render, scene, write_segmentation
 from lotlip_hf.scenes.small import small_model
+from lotlip_hf.training.checkpoint import list_checkpoints
 from tiny_vision import FAMILIES, Family, spread
 
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -169,10 +170,13 @@ def test_enriched_classes_by_hand() -> None:
 @pytest.mark.slow
 def test_on_scenes(tmp_path: Path) -> None:
     """After a short training, most heat is in the object's cell, and calibration makes segmentation better."""
-    flags = "--num-scenes 5000 --num-sentences 0 --max-steps 300 --batch-size 64 --learning-rate 1e-3 --num-workers 0"
+    flags = (
+        "--num-scenes 5000 --num-sentences 0 --num-long-texts 1 --max-text-length 128 --max-steps 400 --batch-size 64"
+    )
     run = ["--model", "scenes", "--data", "scenes", "--trackers", "none", "--output", str(tmp_path / "run")]
-    assert lotlip(["train", *run, *flags.split()]) == 0
-    encoder = load_encoder(tmp_path / "run" / "checkpoint-300")
+    rate = "--learning-rate 1.5e-3 --warmup-steps 100 --num-workers 0"
+    assert lotlip(["train", *run, *flags.split(), *rate.split()]) == 0
+    encoder = load_encoder(list_checkpoints(tmp_path / "run")[-1])
     shares: dict[str, list[float]] = {"gradient": [], "calibrated": []}
     for number in range(60):
         one = scene(number, split="test")
@@ -183,7 +187,8 @@ def test_on_scenes(tmp_path: Path) -> None:
                 column, row = (round(GRID * side) for side in region["box"][:2])
                 own.append((heat[row, column] / heat.sum()).item())
     mean = {method: sum(own) / len(own) for method, own in shares.items()}
-    assert mean["gradient"] > 0.5 > mean["calibrated"] > 0.25  # chance: 1 / 9
+    assert mean["gradient"] > 0.5  # chance: 1 / 9
+    assert mean["calibrated"] > 0.3
     write_segmentation(tmp_path / "masks", 100)
     data = load_benchmark("segmentation", tmp_path / "masks")
     metrics = evaluate(encoder, data, templates=["a {}."], progress=False)["metrics"]

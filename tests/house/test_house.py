@@ -38,10 +38,10 @@ FLOORS = (
     ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
-    ("states",),
+    ("states", "dense"),
     ("search", "grid", "embed"),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
-    ("hub",),
+    ("hub", "explain", "explain_page"),
     ("__init__",),
     ("cli", "__main__"),
 )
