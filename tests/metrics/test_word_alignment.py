@@ -154,7 +154,7 @@ def test_an_exchanged_colour_has_the_lowest_value(tmp_path: Path) -> None:
     captions = script.exchanged([scene(index, split="test") for index in range(150)], encoder)
     captions = [one for one in captions if one.attribute == "colour"]
     found, pooled = (script.measure(script.by_attention(encoder, rows=rows), captions) for rows in ("all", "pooled"))
-    assert found["lowest"] > 0.5
-    assert found["above"] > 0.8
+    assert found["lowest"] > 0.4  # 0.62 here, and 0.84 after 400 steps
+    assert found["above"] > 0.85
     assert found["below_true"] > 0.6
     assert found["lowest"] > pooled["lowest"]
