@@ -20,6 +20,7 @@ from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPVisionModel
 
 HeatMethod = Literal["auto", "gradient", "calibrated", "patches"]
 CALIBRATED_LAYERS = 5  # as in ExCEL
+HEAT_LAYERS = 2  # the last ones are as good as the last four, and better than all twelve, at less cost
 
 
 def score_maps(
@@ -95,8 +96,8 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
         encoder (`Encoder`): A LoTLIP.
         image (`ImageSource`): The image.
         texts (`Sequence[str]`): S texts, such as the sentences of a description.
-        method (`str`, *optional*, defaults to `"auto"`): `"gradient"`, the relevance of patches in the image tower
-            ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text; `"calibrated"` or
+        method (`str`, *optional*, defaults to `"auto"`): `"gradient"`, the relevance of patches in the last two layers
+            of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text; `"calibrated"` or
             `"patches"`, the cosine similarities of [`score_maps`] above their mean over the image; or `"auto"`, which
             is `"gradient"` for image towers with attention and `"patches"` for others.
 
@@ -142,7 +143,7 @@ def _relevance_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str]) 
         outputs = model.get_image_features(**on_device, output_attentions=True)
         embeds = F.normalize(outputs.pooler_output[0].float(), dim=-1)
         tokens = torch.stack(
-            [_pooled_row(model, relevance(embeds @ text, outputs.attentions[-4:])) for text in text_embeds]
+            [_pooled_row(model, relevance(embeds @ text, outputs.attentions[-HEAT_LAYERS:])) for text in text_embeds]
         )
     first = model.config.vision_config.family.num_prefix_tokens(model.vision_model.backbone)
     patches = tokens[:, first:].detach().float().cpu()
