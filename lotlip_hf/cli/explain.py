@@ -48,7 +48,7 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> None:
     """Explains and prints the scores of the sentences."""
     options = parse(ExplainOptions, argv, parser())
-    from ..explain import check_model, explain
+    from ..explain import explain
     from ..explain_page import save_pictures, write_page
     from ..files import check_output
 
@@ -59,7 +59,6 @@ def run(argv: Sequence[str]) -> None:
     explanations = []
     for name in options.model:
         encoder = options.load_named(name)
-        check_model(encoder)
         explanations += [explain(encoder, image, options.text or "") for image in options.image]
     for one in explanations:
         lines = [[f"{one.score:.4f}", "", "the whole text"]]
