@@ -28,6 +28,7 @@ class ExplainedSentence:
     The sentence `text[start:end]` of an explained text.
 
     Args:
+        text (`str`): The sentence on one line.
         start, end (`int`): Where the sentence is in the text, with its mark and with white space before it.
         score (`float`): Cosine of the image and the sentence alone.
         lost (`float`, *optional*): Score of the whole text minus the score of the text without the sentence. `None`
@@ -35,6 +36,7 @@ class ExplainedSentence:
         heat (`torch.Tensor`): Heat map [h, w] in [0, 1] on the grid of patches.
     """
 
+    text: str
     start: int
     end: int
     score: float
@@ -173,8 +175,15 @@ def explain(encoder: Encoder | str | os.PathLike, image: ImageSource, text: str)
         text=text,
         score=scores[0],
         sentences=[
-            ExplainedSentence(*span, score, None if other is None else scores[0] - other, heat[sentence])
-            for span, score, other, sentence in zip(spans, alone, rest, sentences, strict=True)
+            ExplainedSentence(
+                text=" ".join(text[start:end].split()),
+                start=start,
+                end=end,
+                score=score,
+                lost=None if other is None else scores[0] - other,
+                heat=heat[sentence],
+            )
+            for (start, end), score, other, sentence in zip(spans, alone, rest, sentences, strict=True)
         ],
         words=[
             ExplainedWord(word.start, word.end, 0.0 if cut else value, cut, heat[word.text])

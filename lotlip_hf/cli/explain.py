@@ -64,8 +64,7 @@ def run(argv: Sequence[str]) -> None:
         lines = [[f"{one.score:.4f}", "", "the whole text"]]
         for sentence in one.sentences:
             lost = "" if sentence.lost is None else f"{sentence.lost:+.4f}"
-            shown = printable(" ".join(one.text[sentence.start : sentence.end].split()))
-            lines.append([f"{sentence.score:.4f}", lost, shown])
+            lines.append([f"{sentence.score:.4f}", lost, printable(sentence.text)])
         write_styled(f"{printable(one.model)}, {printable(one.image)}\n", "bold", sys.stdout)
         print(text_table([["score", "lost without", "sentence"]], lines, left=[2], rule=False))
         if one.num_cut:

@@ -320,12 +320,10 @@ class LoTLIPCollator:
         """Masks words of the short, long and masked texts in place. Returns `masked_labels`, if there are any."""
         labels = []
         for number, (record, drawn, row, rng) in enumerate(zip(records, texts, rows, rngs, strict=True)):
-            ids = [
-                encodings[0]["input_ids"][number],
-                *(ids for one in encodings[1:] for ids in one["input_ids"][number]),
-            ]
-            offsets = [encodings[0]["offset_mapping"][number]]
-            offsets += [each for one in encodings[1:] for each in one["offset_mapping"][number]]
+            ids, offsets = (
+                [encodings[0][name][number], *(each for one in encodings[1:] for each in one[name][number])]
+                for name in ("input_ids", "offset_mapping")
+            )
             matched = range(1 + len(drawn.long)) if self.word_scores is not None else range(0)
             indices = [*matched, len(row)] if self.mask_words else [*matched]
             found = [masking.words([drawn.short, *row][index], ids[index], offsets[index]) for index in indices]
