@@ -20,6 +20,7 @@ from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPVisionModel
 
 HeatMethod = Literal["auto", "gradient", "calibrated", "patches"]
 CALIBRATED_LAYERS = 5  # as in ExCEL
+MAX_ROUNDS = 100  # of k-means
 HEAT_LAYERS = 2  # the last ones are as good as the last four, and better than all twelve, at less cost
 
 
@@ -73,7 +74,7 @@ def iterate_patches(
 ) -> Iterator[Tensor]:
     """Yields the normalised embeddings [h, w, D] of the patches of each image. The arguments are those of
     [`score_maps`]."""
-    engine, model = lotlip_engine(encoder)
+    engine, model = encoder.lotlip()
     for start in range(0, len(images), batch_size):
         inputs = [
             _pixels(engine, image, start + index) for index, image in enumerate(images[start : start + batch_size])
@@ -96,8 +97,8 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
         encoder (`Encoder`): A LoTLIP.
         image (`ImageSource`): The image.
         texts (`Sequence[str]`): S texts, such as the sentences of a description.
-        method (`str`, *optional*, defaults to `"auto"`): `"gradient"`, the relevance of patches in the last two
-            layers of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text;
+        method (`str`, *optional*, defaults to `"auto"`): `"gradient"`, the relevance of patches in the last two layers
+            of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text;
             `"calibrated"` or `"patches"`, the cosine similarities of [`score_maps`] above their mean over the image;
             or `"auto"`, which is `"gradient"` for image towers with attention and `"patches"` for others.
 
@@ -119,7 +120,7 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
     2
     ```
     """
-    _, model = lotlip_engine(encoder)
+    _, model = encoder.lotlip()
     if method == "auto":
         method = "gradient" if can_calibrate(model) else "patches"
     if method == "gradient":
@@ -133,7 +134,7 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
 
 def _relevance_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str]) -> Tensor:
     """The relevance [S, h, w] of the patches for the similarity of an image with each text."""
-    engine, model = lotlip_engine(encoder)
+    engine, model = encoder.lotlip()
     _check_attentions(model.vision_model)
     text_embeds = encoder.encode_texts(texts, progress=False).to(model.device)
     inputs = _pixels(engine, image, 0)
@@ -276,23 +277,14 @@ def _cluster(points: Tensor, number: int) -> Tensor:
     while len(chosen) < number:
         distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=-1))
         chosen.append(int(distance.argmax()))
-    centres, before = points[chosen], None
-    while True:
-        nearest = torch.cdist(points, centres).argmin(1)
-        if before is not None and torch.equal(nearest, before):
-            return centres
-        before = nearest
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        counts = torch.bincount(nearest, minlength=number).unsqueeze(1)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-
-
-def lotlip_engine(encoder: Encoder) -> tuple[TorchEngine, LoTLIPModel]:
-    """Returns the engine and the model of an encoder. Raises a `ValueError` if the model is not a LoTLIP."""
-    engine = encoder.engine
-    if not isinstance(engine, TorchEngine) or not isinstance(engine.model, LoTLIPModel):
-        raise ValueError(f"{encoder.name} is not a LoTLIP checkpoint, so features of patches are not supported.")
-    return engine, engine.model
+    centres = points[chosen]
+    for _ in range(MAX_ROUNDS):
+        members = F.one_hot(torch.cdist(points, centres).argmin(1), number).to(points.dtype)  # [N, number]
+        means = members.T @ points / members.sum(0).clamp(min=1).unsqueeze(1)
+        before, centres = centres, torch.where(members.any(0).unsqueeze(1), means, centres)
+        if torch.equal(before, centres):
+            break
+    return centres
 
 
 def _calibrated_if(is_calibrated: bool, model: LoTLIPModel) -> Any:
@@ -320,18 +312,14 @@ def _attention(layer: nn.Module) -> Any:
     return module if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")) else None
 
 
-def _attentions(tower: LoTLIPVisionModel) -> list[Any]:
-    """The modules of attention of all layers, or none if one lacks it."""
-    modules = [_attention(layer) for layer in tower.config.family.layers(tower.backbone)]
-    return modules if all(module is not None for module in modules) else []
-
-
-def can_calibrate(model: LoTLIPModel) -> bool:
+def can_calibrate(model: LoTLIPModel | LoTLIPVisionModel) -> bool:
     """Whether [`calibrated`] and `"gradient"` heat maps fit the image tower."""
-    return bool(_attentions(model.vision_model))
+    tower = model if isinstance(model, LoTLIPVisionModel) else model.vision_model
+    layers = tower.config.family.layers(tower.backbone)
+    return bool(layers) and all(_attention(layer) is not None for layer in layers)
 
 
 def _check_attentions(tower: LoTLIPVisionModel) -> None:
-    if not _attentions(tower):
+    if not can_calibrate(tower):
         name = tower.config.backbone_config.model_type
         raise ValueError(f"The layers of {name} have no attention of patches to patches. Use the method 'patches'.")

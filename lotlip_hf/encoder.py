@@ -386,18 +386,22 @@ class Encoder:
         Raises:
             `ValueError`: If the model is not a LoTLIP.
         """
-        config = self._lotlip_engine().model.config
+        config = self.lotlip()[1].config
         return (config.text_config if modality == "text" else config.vision_config).pooled_size
 
-    def _lotlip_engine(self) -> TorchEngine:
+    def lotlip(self) -> tuple[TorchEngine, LoTLIPModel]:
+        """Returns the engine and the model. Raises a `ValueError` if the model is not a LoTLIP in PyTorch."""
         if not isinstance(self.engine, TorchEngine) or not isinstance(self.engine.model, LoTLIPModel):
-            raise ValueError(f"{self.name} is not a LoTLIP checkpoint, so its pooled states are not supported.")
-        return self.engine
+            raise ValueError(
+                f"{self.name} is not a LoTLIP checkpoint, which patches, attentions and pooled states need. Convert a "
+                "CLIP with `lotlip convert clip`."
+            )
+        return self.engine, self.engine.model
 
     def _features(self, modality: Modality, pooled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         """Function of a batch's inputs that computes embeddings [B, P], or pooled states [B, pooled_size]."""
         if pooled:
-            states = self._lotlip_engine().pooled_states
+            states = self.lotlip()[0].pooled_states
             return lambda inputs: states(modality, inputs).float()
         features = self.engine.text_features if modality == "text" else self.engine.image_features
 

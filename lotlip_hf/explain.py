@@ -1,13 +1,10 @@
 """Shows what a model sees: the score of each sentence, the value of each word, heat maps and attention."""
 
 import os
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,12 +14,10 @@ from .data.sentences import split_sentences
 from .dense import heat_maps
 from .encoder import Encoder, load_encoder
 from .engines.torch import evaluating
-from .images import ImageSource, image_source, load_image
-from .metrics.word_alignment import word_alignment
-from .modeling.calls_lotlip import for_one_call
-from .modeling.modeling_lotlip import LoTLIPModel
+from .images import ImageSource, image_source, kept_box, load_image
+from .metrics.word_alignment import pooled_weights, token_relevance, tokenize
 from .modeling.sentences_lotlip import find_sentences
-from .words import Word, original_offsets, split_words, to_words
+from .words import Word, split_words, to_words
 
 SIDE = 640  # longest side of `Explanation.picture` in pixels
 
@@ -33,6 +28,7 @@ class ExplainedSentence:
     The sentence `text[start:end]` of an explained text.
 
     Args:
+        text (`str`): The sentence on one line.
         start, end (`int`): Where the sentence is in the text, with its mark and with white space before it.
         score (`float`): Cosine of the image and the sentence alone.
         lost (`float`, *optional*): Score of the whole text minus the score of the text without the sentence. `None`
@@ -40,6 +36,7 @@ class ExplainedSentence:
         heat (`torch.Tensor`): Heat map [h, w] in [0, 1] on the grid of patches.
     """
 
+    text: str
     start: int
     end: int
     score: float
@@ -93,7 +90,7 @@ class Explanation:
         image (`str`): Name of the image.
         picture (`PIL.Image.Image`): The image, upright, at most 640 pixels wide and high.
         seen (`tuple[float, float, float, float]`): Left, top, right and bottom of the part of the image that the model
-            sees, and that heat maps cover, as fractions of width and height.
+            sees, and that heat maps cover; see [`~lotlip_hf.images.kept_box`].
         text (`str`): The text.
         score (`float`): Cosine of the image and the text.
         sentences (`list[ExplainedSentence]`): Sentences of the text that contain a word.
@@ -148,7 +145,7 @@ def explain(encoder: Encoder | str | os.PathLike, image: ImageSource, text: str)
     ```
     """
     encoder = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
-    check_model(encoder)
+    engine, model = encoder.lotlip()
     words = split_words(text)
     if not words:
         raise ValueError("`text` has no word. Pass a description of the image.")
@@ -156,133 +153,72 @@ def explain(encoder: Encoder | str | os.PathLike, image: ImageSource, text: str)
     sentences = split_sentences(text)
     # Without its only sentence, a text is empty.
     without = [text[:start] + text[end:] for start, end in spans] if len(spans) > 1 else []
-    embeds, was_cut = _embed(encoder, [text, *sentences, *without])
-    scores = (embeds @ encoder.encode_images([image], progress=False)[0]).tolist()
+    image_embed = encoder.encode_images([image], progress=False)
+    scores = (_embed(encoder, [text, *sentences, *without]) @ image_embed[0]).tolist()
     alone, rest = scores[1 : 1 + len(sentences)], scores[1 + len(sentences) :] or [None]
-    is_cut = _are_cut(encoder, text, words) if was_cut[0] else [False] * len(words)
-    values = {(one.start, one.end): one.value for one in word_alignment([image], [text], encoder)[0]}
+    inputs, (tokens,), num_cut = tokenize(engine, [text])
+    values = to_words(token_relevance(model, inputs, image_embed.to(encoder.device))[0].float().cpu(), tokens, words)
+    read = [token for token in tokens if token[0] < token[1]] if num_cut else [(0, len(text))]
+    first, last = min(read, default=(len(text), 0))[0], max((end for _, end in read), default=0)
+    is_cut = [word.start < first or word.end > last for word in words]
     distinct = list(dict.fromkeys([*sentences, *(word.text for word in words)]))
     heat = dict(zip(distinct, heat_maps(encoder, image, distinct), strict=True))
     source, path = image_source(image)
-    picture = load_image(source, background=encoder.engine.background)
+    picture = load_image(source, background=engine.background)
+    seen = kept_box(picture.size, engine.image_processor)
     picture.thumbnail((SIDE, SIDE))
     return Explanation(
         model=Path(encoder.name).name if os.path.isdir(encoder.name) else encoder.name,
         image=Path(path).name if path else (Path(source).name if isinstance(source, str | os.PathLike) else "image"),
         picture=picture,
-        seen=_seen_part(encoder, picture.size),
+        seen=seen,
         text=text,
         score=scores[0],
         sentences=[
-            ExplainedSentence(*span, score, None if other is None else scores[0] - other, heat[sentence])
-            for span, score, other, sentence in zip(spans, alone, rest, sentences, strict=True)
+            ExplainedSentence(
+                text=" ".join(text[start:end].split()),
+                start=start,
+                end=end,
+                score=score,
+                lost=None if other is None else scores[0] - other,
+                heat=heat[sentence],
+            )
+            for (start, end), score, other, sentence in zip(spans, alone, rest, sentences, strict=True)
         ],
         words=[
-            ExplainedWord(
-                word.start, word.end, 0.0 if cut else values.get((word.start, word.end), 0.0), cut, heat[word.text]
-            )
-            for word, cut in zip(words, is_cut, strict=True)
+            ExplainedWord(word.start, word.end, 0.0 if cut else value, cut, heat[word.text])
+            for word, value, cut in zip(words, values.tolist(), is_cut, strict=True)
         ],
-        attentions=_attentions(encoder, text, words),
+        attentions=_attentions(encoder, inputs, tokens, words),
         max_length=encoder.max_text_length,
     )
 
 
-def check_model(encoder: Encoder) -> None:
-    """
-    Checks that a model can be explained.
-
-    Args:
-        encoder (`Encoder`): Encoder.
-
-    Raises:
-        `ValueError`: If the model is not a LoTLIP in PyTorch.
-    """
-    if not isinstance(getattr(encoder.engine, "model", None), LoTLIPModel):
-        raise ValueError(
-            f"{encoder.name} is not a LoTLIP checkpoint, so it cannot be explained. Convert a CLIP with `lotlip "
-            "convert clip`."
-        )
+def _embed(encoder: Encoder, texts: Sequence[str]) -> Tensor:
+    """Embeddings [N, D] of texts, without a warning of those that are cut."""
+    found = {index: embedding for index, embedding, _ in encoder.iterate_texts(texts)}
+    return torch.stack([found[index] for index in range(len(texts))])
 
 
-def _embed(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
-    """Embeddings [N, D] of texts, and whether each text was cut, without a warning."""
-    found = {index: (embedding, cut) for index, embedding, cut in encoder.iterate_texts(texts)}
-    embeddings, was_cut = zip(*(found[index] for index in range(len(texts))), strict=True)
-    return torch.stack(embeddings), list(was_cut)
-
-
-def _are_cut(encoder: Encoder, text: str, words: Sequence[Word]) -> list[bool]:
-    """Whether each word is beyond the maximum length."""
-    engine: Any = encoder.engine
-
-    def fits(part: str) -> bool:
-        return not engine.tokenize([part], encoder.max_text_length)[1][0]
-
-    numbers = range(len(words))
-    if engine.tokenizer.truncation_side == "left":
-        first = bisect_left(numbers, True, key=lambda index: fits(text[words[index].start :]))
-        return [index < first for index in numbers]
-    first = bisect_left(numbers, True, key=lambda index: not fits(text[: words[index].end]))
-    return [index >= first for index in numbers]
-
-
-def _attentions(encoder: Encoder, text: str, words: Sequence[Word]) -> list[Attention]:
-    engine: Any = encoder.engine
-    tokenizer, model = engine.tokenizer, engine.model
-    config = model.config.text_config
-    options = {"truncation": True, "max_length": encoder.max_text_length, "verbose": False}
-    encoding = for_one_call(tokenizer)([text], **options, return_offsets_mapping=True)
-    offsets = original_offsets(tokenizer, text, encoding.pop("offset_mapping")[0])
-    inputs = {name: value.to(encoder.device) for name, value in engine.pad(dict(encoding)).items()}
+def _attentions(
+    encoder: Encoder, inputs: dict[str, Tensor], tokens: Sequence[tuple[int, int]], words: Sequence[Word]
+) -> list[Attention]:
+    """What the pooled token and corner tokens attend to, given the inputs of a text and the spans of its tokens."""
+    engine, model = encoder.lotlip()
+    has_corners = model.config.text_config.num_corner_tokens > 0
     with evaluating(model), eager(model), torch.inference_mode():
-        output = model.get_text_features(
-            **inputs, output_attentions=True, output_corner_embeds=bool(config.num_corner_tokens)
-        )
+        output = model.get_text_features(**inputs, output_attentions=True, output_corner_embeds=has_corners)
+    weights = pooled_weights(model, inputs)[0]
+    name = "mean of all tokens"
+    if "mean" not in model.config.text_config.pooling:
+        name = engine.tokenizer.convert_ids_to_tokens(int(inputs["input_ids"][0, weights.argmax()]))
     attention = output.attentions[-1][0].float().mean(0)  # [L, L]
-    ids = inputs["input_ids"]
-    if "mean" in config.pooling:
-        rows = {"mean of all tokens": attention.mean(0)}
-    else:
-        is_text = inputs.get("attention_mask", torch.ones_like(ids))
-        pooled = int(config.family.pooled_index(config.backbone_config, is_text, ids))
-        rows = {tokenizer.convert_ids_to_tokens(int(ids[0, pooled])): attention[pooled]}
+    rows = {name: weights.to(attention) @ attention}
     if output.corner_attentions:
         corners = output.corner_attentions[-1][0].float().mean(0)  # [m, L]
         rows |= {f"corner {number}": row for number, row in enumerate(corners, 1)}
     found = []
     for token, row in rows.items():
-        values = to_words(row.cpu(), offsets, words)
+        values = to_words(row.cpu(), tokens, words)
         found.append(Attention(token, values.tolist(), max(0.0, 1 - float(values.sum()))))
     return found
-
-
-def _seen_part(encoder: Encoder, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """
-    The part of a picture of this size that the image processor keeps: a ramp from 0 to 1 along each side of a picture
-    comes out as a ramp between the edges of that part. Black and white pictures undo the processor's normalisation.
-    """
-    engine: Any = encoder.engine
-    (width, height), noise = size, np.random.default_rng(0)  # noise, since rounding would bend the ramps
-    ramps = np.zeros((height, width, 3), dtype=np.uint8)
-    ramps[..., 0] = 255 * (np.arange(width) + 0.5) / width + noise.random((height, width))
-    ramps[..., 1] = 255 * (np.arange(height)[:, None] + 0.5) / height + noise.random((height, width))
-    low, high, ramp = (
-        engine.pixels(Image.fromarray(one))["pixel_values"][0].float()
-        for one in (np.zeros_like(ramps), np.full_like(ramps, 255), ramps)
-    )
-    if ramp.dim() != 3:  # SigLIP 2 NaFlex keeps all of an image
-        return 0.0, 0.0, 1.0, 1.0
-    shown = (high - low).abs() > 0  # not the padding around an image that is smaller than the crop
-    ramp = ((ramp - low) / (high - low)).numpy()
-    inside = shown[0].any(0).numpy(), shown[0].any(1).numpy()
-    rows, columns = ramp[0][inside[1]], ramp[1][:, inside[0]]
-    (left, right), (top, bottom) = _ends(rows.mean(0), inside[0]), _ends(columns.mean(1), inside[1])
-    return left, top, right, bottom
-
-
-def _ends(values: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
-    """The values at the ends of a row of points, half a step beyond them, of a straight line through those inside."""
-    numbers = np.flatnonzero(inside)
-    slope, start = np.polyfit(numbers + 0.5, values[numbers], 1)
-    return round(float(start), 3), round(float(start + slope * len(values)), 3)

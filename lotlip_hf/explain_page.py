@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .explain import Attention, ExplainedSentence, ExplainedWord, Explanation
@@ -172,24 +172,12 @@ def draw(explanation: Explanation) -> Image.Image:
     Returns:
         `PIL.Image.Image`: The picture.
     """
-    largest = _largest(explanation)
     side, margin, line, columns = 270, 20, 26, 4
     width = columns * (side + margin) + margin
     title_font, text_font, small_font = font(20), font(16), font(14)
-    drawn: list[tuple[float, float, str, str, tuple[int, int, int]]] = []
-    left, top = float(margin), margin + 40
-    for piece, word in _pieces(explanation, 0, len(explanation.text)):
-        for part in re.findall(r"\s+|\S+", printable(re.sub(r"\s", " ", piece))):
-            wide = text_font.getlength(part)
-            if left + wide > width - margin and left > margin:
-                left, top = margin, top + line
-                if part.isspace():
-                    continue
-            colour = (255, 255, 255) if word is None or word.is_cut else _mixed(word.value / largest)
-            drawn.append((left, top, part, "#a0a0a0" if word is not None and word.is_cut else "#202020", colour))
-            left += wide
-    first = top + line + margin
-    lines = [textwrap.wrap(printable(_sentence(explanation, one)), 36, max_lines=4) for one in explanation.sentences]
+    parts = list(_laid_out(explanation, text_font, margin, width - margin))
+    first = margin + 40 + line * (1 + max([0, *(row for _, row, *_ in parts)])) + margin
+    lines = [textwrap.wrap(printable(one.text), 36, max_lines=4) for one in explanation.sentences]
     cells = [("the whole text", f"score {explanation.score:.3f}", None)] + [
         ("\n".join(wrapped), f"score {one.score:.3f}   {_lost(one)}", one.heat)
         for wrapped, one in zip(lines, explanation.sentences, strict=True)
@@ -198,22 +186,41 @@ def draw(explanation: Explanation) -> Image.Image:
     size = tuple(max(1, round(scale * one)) for one in explanation.picture.size)
     picture = explanation.picture.resize(size, Image.Resampling.LANCZOS)
     below = 30 + 20 * max([1, *map(len, lines)])
-    row = picture.height + below + margin
-    canvas = Image.new("RGB", (width, first + -(-len(cells) // columns) * row), "white")
+    height = picture.height + below + margin
+    canvas = Image.new("RGB", (width, first + -(-len(cells) // columns) * height), "white")
     pen = ImageDraw.Draw(canvas)
     title = f"{explanation.model}   {explanation.image}   score {explanation.score:.3f}"
     if explanation.num_cut:
         title += f"   {explanation.num_cut} words beyond {explanation.max_length} tokens are cut"
     pen.text((margin, margin), printable(title), "#202020", title_font)
-    for left, top, part, colour, background in drawn:
+    for left, row, part, colour, background in parts:
+        top = margin + 40 + line * row
         pen.rectangle((left, top, left + text_font.getlength(part), top + line - 5), background)
         pen.text((left, top), part, colour, text_font)
     for number, (label, numbers, heat) in enumerate(cells):
-        x, y = margin + number % columns * (side + margin), first + number // columns * row
+        x, y = margin + number % columns * (side + margin), first + number // columns * height
         canvas.paste(picture if heat is None else _overlaid(picture, heat, explanation.seen), (x, y))
         pen.text((x, y + picture.height + 6), numbers, "#202020", small_font)
         pen.multiline_text((x, y + picture.height + 27), label, "#595959", small_font)
     return canvas
+
+
+def _laid_out(
+    explanation: Explanation, text_font: ImageFont.FreeTypeFont | ImageFont.ImageFont, start: float, end: float
+) -> Iterator[tuple[float, int, str, str, tuple[int, int, int]]]:
+    """Parts of the text in lines: their left edge, line, text, colour and background."""
+    largest, left, row = _largest(explanation), start, 0
+    for piece, word in _pieces(explanation, 0, len(explanation.text)):
+        colour = "#a0a0a0" if word is not None and word.is_cut else "#202020"
+        background = (255, 255, 255) if word is None or word.is_cut else _mixed(word.value / largest)
+        for part in re.findall(r"\s+|\S+", printable(re.sub(r"\s", " ", piece))):
+            wide = text_font.getlength(part)
+            if left + wide > end and left > start:
+                left, row = start, row + 1
+                if part.isspace():
+                    continue
+            yield left, row, part, colour, background
+            left += wide
 
 
 def _largest(explanation: Explanation) -> float:
@@ -235,8 +242,10 @@ def _panel(explanation: Explanation, text: int) -> str:
     rows = []
     for number, one in enumerate(explanation.sentences):
         lost = "" if one.lost is None else _signed(one.lost)
-        words = "".join(_word(explanation, piece, word, text, largest) for piece, word in _pieces(explanation, one))
-        label = ", ".join(filter(None, [f"score {one.score:.3f}", _lost(one), _sentence(explanation, one)]))
+        words = "".join(
+            _word(explanation, piece, word, text, largest) for piece, word in _pieces(explanation, one.start, one.end)
+        )
+        label = ", ".join(filter(None, [f"score {one.score:.3f}", _lost(one), one.text]))
         rows.append(
             f'<tr tabindex="0" {_heat(f"{text}-s{number}", label, one.heat)}>'
             f'<td class="number">{one.score:.3f}</td>'
@@ -286,21 +295,14 @@ def _attention(explanation: Explanation, attention: Attention) -> str:
     )
 
 
-def _pieces(
-    explanation: Explanation, part: ExplainedSentence | int, end: int = 0
-) -> Iterator[tuple[str, ExplainedWord | None]]:
+def _pieces(explanation: Explanation, start: int, end: int) -> Iterator[tuple[str, ExplainedWord | None]]:
     """The words of a part of the text, and what is between them."""
-    start, end = (part, end) if isinstance(part, int) else (part.start, part.end)
     for word in explanation.words:
         if start <= word.start < end:
             yield explanation.text[start : word.start], None
             yield explanation.text[word.start : word.end], word
             start = word.end
     yield explanation.text[start:end], None
-
-
-def _sentence(explanation: Explanation, sentence: ExplainedSentence) -> str:
-    return " ".join(explanation.text[sentence.start : sentence.end].split())
 
 
 def _lost(sentence: ExplainedSentence) -> str:

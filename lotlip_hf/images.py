@@ -46,8 +46,8 @@ RESIZING_MODULE = "transformers.image_processing_backends"
 # Ratio of the sides above which an image is thin. At this ratio, resizing the shortest edge to 224 gives 224 x 14,336.
 MAX_ASPECT_RATIO = 64
 # Images with more pixels are resized before the image processor, which would make several copies of the full image.
-CONVNEXT_SQUASHED = 384  # pixels, from which ConvNeXt's image processor does not crop
 LARGE = 1 << 24
+CONVNEXT_SQUASHED = 384  # pixels, from which ConvNeXt's image processor does not crop
 
 EMPTY = "the file is empty"
 NO_MEMORY = "too large for this machine's memory"
@@ -423,40 +423,6 @@ def load_mask(path: str | os.PathLike) -> torch.Tensor:
         return torch.from_numpy(np.array(image))
 
 
-def kept_box(size: tuple[int, int], image_processor: Any) -> tuple[float, float, float, float]:
-    """
-    Finds the part of an image that an image processor keeps, which depends on its crop.
-
-    Args:
-        size (`tuple[int, int]`): Width and height of the image.
-        image_processor (`BaseImageProcessor`): Image processor.
-
-    Returns:
-        `tuple[float, float, float, float]`: Left, top, right and bottom edge, from 0 to 1 of the image.
-    """
-    width, height = (max(1, round(512 * side / max(size))) for side in size)
-    across, down = ((np.arange(side) + 0.5) / side * 255 for side in (width, height))
-    ramps = np.stack(np.broadcast_arrays(across, down[:, None], 0), axis=-1)  # red and green are x and y
-    pictures = [ramps, np.zeros_like(ramps), np.full_like(ramps, 255)]
-    pixels = [
-        load_pixels(np.rint(one).astype(np.uint8), image_processor=image_processor)["pixel_values"][0]
-        for one in pictures
-    ]
-    if pixels[0].dim() != 3:  # NaFlex keeps the whole image
-        return 0.0, 0.0, 1.0, 1.0
-    values, black, white = (one[:2].double().numpy() for one in pixels)
-    shares = (values - black) / (white - black)
-    edges = []
-    for line in (shares[0].mean(0), shares[1].mean(1)):  # coordinates of the centres of columns and rows
-        slope, start = np.polyfit(np.arange(len(line)) + 0.5, line, 1)
-        # Pixels have 256 values.
-        edges.append(
-            [min(1.0, max(0.0, round(256 * float(edge)) / 256)) for edge in (start, start + slope * len(line))]
-        )
-    (left, right), (top, bottom) = edges
-    return left, top, right, bottom
-
-
 def image_digest(source: ImageSource, name: str | None = None) -> str:
     """
     Computes the digest of an image's content: of the bytes of a file, or of the pixels of an image object.
@@ -675,31 +641,31 @@ def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int]
     return None
 
 
-def crop_scales(size: tuple[int, int], image_processor: Any) -> tuple[float, float]:
+def kept_box(size: tuple[int, int], image_processor: Any) -> tuple[float, float, float, float]:
     """
-    Compares an image with the part that an image processor keeps of it.
+    Finds the part of an image that an image processor keeps, which depends on its crop.
 
     Args:
-        size (`tuple[int, int]`): Width and height of the image, in any unit.
+        size (`tuple[int, int]`): Width and height of the image in pixels.
         image_processor (`BaseImageProcessor`): Image processor.
 
     Returns:
-        `tuple[float, float]`: Width and height of the resized image, as multiples of those of its centre crop. Both
-            are 1 if the processor does not crop.
+        `tuple[float, float, float, float]`: Left, top, right and bottom edge as shares of the width and height. They
+            are below 0 and above 1 if the processor pads images that are smaller than the crop.
     """
     wanted = dict(getattr(image_processor, "size", None) or {}) if getattr(image_processor, "do_resize", False) else {}
-    shortest = wanted.get("shortest_edge")
-    crop = dict(getattr(image_processor, "crop_size", None) or {})
+    shortest, crop = wanted.get("shortest_edge"), dict(getattr(image_processor, "crop_size", None) or {})
     if shortest and getattr(image_processor, "crop_pct", None) and shortest < CONVNEXT_SQUASHED:
         crop = {"width": shortest, "height": shortest}
         shortest = int(shortest / image_processor.crop_pct)
     elif not crop or not getattr(image_processor, "do_center_crop", False):
-        return 1.0, 1.0
+        return 0.0, 0.0, 1.0, 1.0
     if shortest:
-        resized = [shortest * side / min(size) for side in size]
+        width, height = (shortest * side / min(size) for side in size)
     else:
-        resized = [wanted.get("width") or size[0], wanted.get("height") or size[1]]
-    return resized[0] / crop["width"], resized[1] / crop["height"]
+        width, height = wanted.get("width") or size[0], wanted.get("height") or size[1]
+    across, down = crop["width"] / width / 2, crop["height"] / height / 2
+    return 0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down
 
 
 def is_thin(size: tuple[int, int], image_processor: Any) -> bool:

@@ -64,6 +64,7 @@ def test_scores_are_those_of_brute_force(encoder: Encoder, pictures: list[Path],
         assert words_of(found) == re.findall(r"\w+", TEXT)
         assert found.num_cut == 0
         assert (found.image, found.text) == (picture.name, TEXT)
+    assert [found.seen for found in explanations] == [(0, 0, 1, 1), (0.25, 0, 0.75, 1)]
     one = explain(encoder, pictures[0], "A red star.")
     assert [sentence.lost for sentence in one.sentences] == [None]
 
@@ -146,33 +147,6 @@ def test_every_image_tower_has_heat_maps(family: tiny_vision.Family, pictures: l
     assert heat.shape == (len(found.sentences) + len(found.words), height, width)
     assert ((heat >= 0) & (heat <= 1)).all()
     assert page([found])
-
-
-@pytest.mark.parametrize(
-    ("image_processor", "size", "seen"),
-    [
-        ("square", (640, 320), (0, 0, 1, 1)),
-        ("shortest", (640, 320), (0.25, 0, 0.75, 1)),
-        ("shortest", (100, 300), (0, 1 / 3, 1, 2 / 3)),
-        ("shortest", (20, 20), (0, 0, 1, 1)),
-        ("crop", (64, 32), (0.25, 0, 0.75, 1)),
-        ("crop", (16, 32), (-0.5, 0, 1.5, 1)),  # padded
-    ],
-)
-def test_what_is_cropped_is_known(
-    image_processor: str, size: tuple[int, int], seen: tuple[float, ...], tmp_path: Path
-) -> None:
-    options = {"do_resize": False} if image_processor == "crop" else {}
-    make = tiny_vision.square if image_processor == "square" else tiny_vision.shortest
-    processor = make(tiny_vision.CLIPImageProcessorPil, do_center_crop=image_processor != "square", **options)()
-    config = tiny.config()
-    small, small_processor = small_model()
-    config.text_config.backbone_config.vocab_size = len(small_processor.tokenizer)
-    encoder = Encoder(LoTLIPModel(config).eval(), LoTLIPProcessor(processor, small_processor.tokenizer))
-    small_processor.tokenizer.model_max_length = 30
-    Image.new("RGB", size, "red").save(tmp_path / "red.png")
-    found = explain(encoder, tmp_path / "red.png", "A red star.")
-    assert found.seen == pytest.approx(seen, abs=0.02)
 
 
 def test_other_models_are_refused(tmp_path: Path, pictures: list[Path]) -> None:

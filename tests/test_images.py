@@ -16,14 +16,23 @@ from PIL import Image, ImageDraw, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file
 from transformers import (
+    BitImageProcessorPil,
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
+    Siglip2ImageProcessorPil,
     SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
 from transformers.image_utils import load_image as transformers_load_image
 
-from lotlip_hf.images import ImageError, find_images, image_extensions, load_image, official_image_processor
+from lotlip_hf.images import (
+    ImageError,
+    find_images,
+    image_extensions,
+    kept_box,
+    load_image,
+    official_image_processor,
+)
 
 
 def random_pixels(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
@@ -497,6 +506,54 @@ def test_thin_images_for_a_processor_that_would_resize_them_whole_are_refused(im
     with pytest.raises(ImageError, match="thin"):
         load_image(Image.new("RGB", (1, 65)), "images[3]", image_processor=image_processor)
     assert load_image(Image.new("RGB", (1, 64)), image_processor=image_processor).size == (1, 64)
+
+
+def shown_box(size: tuple[int, int], image_processor: Any) -> list[float]:
+    """The edges of what an image processor shows, read from its pixels of ramps along both sides of an image."""
+    (width, height), noise = size, np.random.default_rng(0)  # noise, since rounding would bend the ramps
+    ramps = np.zeros((height, width, 3), dtype=np.uint8)
+    ramps[..., 0] = 255 * (np.arange(width) + 0.5) / width + noise.random((height, width))
+    ramps[..., 1] = 255 * (np.arange(height)[:, None] + 0.5) / height + noise.random((height, width))
+    low, high, ramp = (
+        image_processor(images=[Image.fromarray(one)], return_tensors="np")["pixel_values"][0]
+        for one in (np.zeros_like(ramps), np.full_like(ramps, 255), ramps)
+    )
+    shown = np.abs(high[0] - low[0]) > 0.1  # not the padding around an image that is smaller than the crop
+    edges = []
+    for channel in (0, 1):
+        numbers = np.flatnonzero(shown.any(channel))
+        part = ((ramp - low)[channel] / np.where(shown, high - low, 1)[channel])[np.ix_(shown.any(1), shown.any(0))]
+        slope, start = np.polyfit(numbers + 0.5, part.mean(channel), 1)
+        edges.append((start, start + slope * shown.shape[1 - channel]))
+    return [edges[axis][end] for end in (0, 1) for axis in (0, 1)]
+
+
+KEEPING: dict[str, Any] = {
+    "the released models": official_image_processor(224),
+    "a margin": BitImageProcessorPil(size={"shortest_edge": 128}, crop_size={"height": 112, "width": 112}),
+    "a frame": CLIPImageProcessorPil(size={"shortest_edge": 96}, crop_size={"height": 128, "width": 128}),
+    "squashed, with a margin": CLIPImageProcessorPil(
+        size={"height": 96, "width": 72}, crop_size={"height": 64, "width": 64}
+    ),
+    "squashed": SiglipImageProcessorPil(size={"height": 64, "width": 64}),
+    "ConvNeXt": ConvNextImageProcessorPil(size={"shortest_edge": 224}),
+    "a large ConvNeXt": ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+    "not resized": CLIPImageProcessorPil(do_resize=False, crop_size={"height": 128, "width": 128}),
+    "no crop": CLIPImageProcessorPil(size={"shortest_edge": 96}, do_center_crop=False),
+}
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 100), (96, 192), (64, 64)])
+@pytest.mark.parametrize("image_processor", KEEPING.values(), ids=KEEPING)
+def test_what_an_image_processor_keeps(size: tuple[int, int], image_processor: Any) -> None:
+    """Of an image that is smaller than the crop, all is kept, and edges lie outside."""
+    assert kept_box(size, image_processor) == pytest.approx(shown_box(size, image_processor), abs=0.01)
+
+
+def test_kept_parts_by_hand() -> None:
+    assert kept_box((640, 480), KEEPING["the released models"]) == (0.125, 0, 0.875, 1)
+    assert kept_box((64, 32), KEEPING["not resized"]) == (-0.5, -1.5, 1.5, 2.5)
+    assert kept_box((300, 100), Siglip2ImageProcessorPil(patch_size=16)) == (0, 0, 1, 1)
 
 
 @pytest.mark.slow

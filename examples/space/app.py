@@ -25,7 +25,7 @@ from PIL import Image
 
 from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.encoder import Encoder, load_encoder
-from lotlip_hf.explain import check_model, explain
+from lotlip_hf.explain import explain
 from lotlip_hf.explain_page import page as explanation_page
 from lotlip_hf.images import ImageError, load_image, read_image_bytes
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
@@ -332,7 +332,7 @@ def explain_first(models: Sequence[Model], images: Sequence[str], text: str) -> 
     found, notes = [], []
     for model in models:
         try:
-            check_model(model.encoder)
+            model.encoder.lotlip()
         except ValueError:
             notes.append(f"{model.name} cannot be explained, because it is not a LoTLIP.")
             continue

@@ -48,7 +48,7 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> None:
     """Explains and prints the scores of the sentences."""
     options = parse(ExplainOptions, argv, parser())
-    from ..explain import check_model, explain
+    from ..explain import explain
     from ..explain_page import save_pictures, write_page
     from ..files import check_output
 
@@ -59,14 +59,12 @@ def run(argv: Sequence[str]) -> None:
     explanations = []
     for name in options.model:
         encoder = options.load_named(name)
-        check_model(encoder)
         explanations += [explain(encoder, image, options.text or "") for image in options.image]
     for one in explanations:
         lines = [[f"{one.score:.4f}", "", "the whole text"]]
         for sentence in one.sentences:
             lost = "" if sentence.lost is None else f"{sentence.lost:+.4f}"
-            shown = printable(" ".join(one.text[sentence.start : sentence.end].split()))
-            lines.append([f"{sentence.score:.4f}", lost, shown])
+            lines.append([f"{sentence.score:.4f}", lost, printable(sentence.text)])
         write_styled(f"{printable(one.model)}, {printable(one.image)}\n", "bold", sys.stdout)
         print(text_table([["score", "lost without", "sentence"]], lines, left=[2], rule=False))
         if one.num_cut:

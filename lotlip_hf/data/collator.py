@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from transformers import ProcessorMixin
 
-from ..images import ImageError, background_of, crop_scales, load_image, load_sized_pixels
+from ..images import ImageError, background_of, kept_box, load_image, load_sized_pixels
 from .kept import digest_of
 from .masking import Masking, WordScores, noise_probability, prediction_probability
 from .record import Draw, Record, RecordError, Region, ShardError, Texts, check_record, record_rng, texts_digest
@@ -230,7 +230,7 @@ class LoTLIPCollator:
                 else:  # one image at a time, as a batch of large images could fill the memory
                     read, (image, size) = read_record(record, load)
                     if self.num_regions:
-                        read = _seen(read, crop_scales(size, image_processor))
+                        read = _seen(read, kept_box(size, image_processor))
                 if self.read_for_teacher is not None:
                     inputs.append(self.read_for_teacher(read))
             except (ImageError, RecordError) as error:
@@ -320,12 +320,10 @@ class LoTLIPCollator:
         """Masks words of the short, long and masked texts in place. Returns `masked_labels`, if there are any."""
         labels = []
         for number, (record, drawn, row, rng) in enumerate(zip(records, texts, rows, rngs, strict=True)):
-            ids = [
-                encodings[0]["input_ids"][number],
-                *(ids for one in encodings[1:] for ids in one["input_ids"][number]),
-            ]
-            offsets = [encodings[0]["offset_mapping"][number]]
-            offsets += [each for one in encodings[1:] for each in one["offset_mapping"][number]]
+            ids, offsets = (
+                [encodings[0][name][number], *(each for one in encodings[1:] for each in one[name][number])]
+                for name in ("input_ids", "offset_mapping")
+            )
             matched = range(1 + len(drawn.long)) if self.word_scores is not None else range(0)
             indices = [*matched, len(row)] if self.mask_words else [*matched]
             found = [masking.words([drawn.short, *row][index], ids[index], offsets[index]) for index in indices]
@@ -385,13 +383,15 @@ def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str]
     return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
 
 
-def _seen(record: Record, scales: tuple[float, float]) -> Record:
-    """Returns a record with the regions that the crop of its image keeps. See [`~lotlip_hf.images.crop_scales`]."""
-    if "regions" not in record or scales == (1.0, 1.0):
+def _seen(record: Record, kept: tuple[float, float, float, float]) -> Record:
+    """Returns a record with the regions in the part of its image that the image processor keeps."""
+    if "regions" not in record or kept == (0.0, 0.0, 1.0, 1.0):
         return record
+    left, top, right, bottom = kept
+    edges = [(left, right - left), (top, bottom - top)] * 2
     seen: list[Region] = []
     for region in record["regions"]:
-        box = [(value - 0.5) * scale + 0.5 for value, scale in zip(region["box"], (*scales, *scales), strict=True)]
+        box = [(value - low) / length for value, (low, length) in zip(region["box"], edges, strict=True)]
         if all(0 <= first + last <= 2 for first, last in zip(box[:2], box[2:], strict=True)):
             seen.append({"box": [min(max(value, 0.0), 1.0) for value in box], "text": region["text"]})
     return {**record, "regions": seen}

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dense import can_calibrate, iterate_patches, lotlip_engine
+from ..dense import can_calibrate, iterate_patches
 from ..distributed import gather_lists, rank, world_size
 from ..encoder import Encoder
 from ..images import Background, ImageError, kept_box, load_image, load_mask
@@ -49,7 +49,7 @@ def segmentation_metrics(
         `ValueError`: If the model is not a LoTLIP.
         `IncompleteDataError`: If an image or a mask cannot be read, or they do not fit; the message names them.
     """
-    engine, model = lotlip_engine(encoder)
+    engine, model = encoder.lotlip()
     variants = {"": False, "calibrated_": True} if can_calibrate(model) else {"": False}
     confusions = {name: torch.zeros(len(class_embeds), len(class_embeds), dtype=torch.int64) for name in variants}
     box_of = cache(partial(kept_box, image_processor=engine.image_processor))

@@ -92,27 +92,37 @@ def word_alignment(
     if not isinstance(engine, TorchEngine):
         raise ValueError(f"`encoder` {encoder.name} has no attention to differentiate. Pass a model of transformers.")
     image_embeds = encoder.encode_images(images, batch_size=batch_size, progress=progress)
-    tokenizer, found, cut = for_one_call(engine.tokenizer), [], 0
-    options = {"truncation": True, "max_length": encoder.max_text_length, "verbose": False}
+    found, cut = [], 0
     with progress_bar(total=len(texts), desc="Aligning words", unit="text", shown=progress) as bar:
         for start in range(0, len(texts), batch_size):
             some = texts[start : start + batch_size]
-            encoded = tokenizer(some, return_offsets_mapping=True, **options)
-            cut += sum(bool(one.overflowing) for one in encoded.encodings or ())
-            offsets = encoded.pop("offset_mapping")
-            inputs = {name: one.to(encoder.device) for name, one in engine.pad(dict(encoded)).items()}
+            inputs, spans, num_cut = tokenize(engine, some)
+            cut += num_cut
             image = image_embeds[start : start + len(some)].to(encoder.device)
             values = token_relevance(engine.model, inputs, image, rows=rows, layers=layers).float().cpu()
-            for text, spans, row in zip(some, offsets, values, strict=True):
-                spans = original_offsets(tokenizer, text, spans)
-                last = max((end for _, end in spans), default=0)
+            for text, own, row in zip(some, spans, values, strict=True):
+                last = max(end for _, end in own)
                 words = [word for word in split_words(text) if word.start < last]
-                first = len(row) - len(spans) if tokenizer.padding_side == "left" else 0
-                sums = to_words(row[first : first + len(spans)], spans, words).tolist()
+                sums = to_words(row, own, words).tolist()
                 found.append([WordScore(*word, value) for word, value in zip(words, sums, strict=True)])
             bar.update(len(some))
     warn_of_cut_texts(cut, len(texts), encoder.max_text_length)
     return found
+
+
+def tokenize(engine: TorchEngine, texts: Sequence[str]) -> tuple[dict[str, Tensor], list[list[tuple[int, int]]], int]:
+    """Returns the model's inputs for N texts, the spans in the texts of their L tokens, and how many texts are cut."""
+    tokenizer = engine.tokenizer
+    options = {"truncation": True, "max_length": engine.max_text_length, "verbose": False}
+    encoded = for_one_call(tokenizer)(texts, return_offsets_mapping=True, **options)
+    num_cut = sum(bool(one.overflowing) for one in encoded.encodings or ())
+    offsets = encoded.pop("offset_mapping")
+    inputs = {name: values.to(engine.device) for name, values in engine.pad(dict(encoded)).items()}
+    spans = []
+    for text, own in zip(texts, offsets, strict=True):
+        own, padding = original_offsets(tokenizer, text, own), [(0, 0)] * (inputs["input_ids"].shape[1] - len(own))
+        spans.append(padding + own if tokenizer.padding_side == "left" else own + padding)
+    return inputs, spans, num_cut
 
 
 def token_relevance(
@@ -145,11 +155,11 @@ def token_relevance(
         return found.sum(1)
     if rows != "pooled" or not isinstance(model, LoTLIPModel):
         raise ValueError(f"`rows` must be 'all', or 'pooled' for LoTLIP, got {rows!r}.")
-    return (_pooled_weights(model, inputs).to(found).unsqueeze(1) @ found).squeeze(1)
+    return (pooled_weights(model, inputs).to(found).unsqueeze(1) @ found).squeeze(1)
 
 
-def _pooled_weights(model: LoTLIPModel, inputs: dict[str, Tensor]) -> Tensor:
-    """What each token contributes to the pooled state, [N, L]: pooling is linear in the states before its layer."""
+def pooled_weights(model: LoTLIPModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Returns what each token contributes to the pooled state, [N, L]: pooling is linear in the states of tokens."""
     config, ids = model.config.text_config, inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     index = config.family.pooled_index(config.backbone_config, mask, ids)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, SiglipImageProcessorPil
 
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.dense import iterate_patches
@@ -16,7 +15,7 @@ from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.evaluation.evaluate import evaluate
 from lotlip_hf.evaluation.segmentation import confusion, segmentation_metrics
 from lotlip_hf.evaluation.tasks import IncompleteDataError, SegmentationData
-from lotlip_hf.images import ImageError, kept_box, load_mask, official_image_processor
+from lotlip_hf.images import ImageError, load_mask
 from lotlip_hf.scenes.dataset import COLOURS, render, scene, segments, write_segmentation
 from lotlip_hf.scenes.small import small_model
 
@@ -49,24 +48,6 @@ def test_pixels_are_counted_by_class() -> None:
     assert confusion(scores, mask, WHOLE).tolist() == [[3, 0, 0], [0, 3, 0], [1, 0, 0]]
     assert confusion(scores, mask, (0.5, 0.0, 1.0, 1.0)).tolist() == [[0, 0, 0], [1, 2, 0], [0, 0, 0]]
     assert confusion(scores, mask.repeat(200, 1), WHOLE).sum() == 1400
-
-
-@pytest.mark.parametrize(
-    ("size", "image_processor", "box"),
-    [
-        ((640, 480), official_image_processor(224), (0.125, 0, 0.875, 1)),
-        ((30, 300), SiglipImageProcessorPil(size={"height": 64, "width": 64}), WHOLE),
-        (
-            (96, 96),
-            BitImageProcessorPil(size={"shortest_edge": 128}, crop_size={"height": 112, "width": 112}),
-            (0.0625, 0.0625, 0.9375, 0.9375),
-        ),
-        ((64, 64), ConvNextImageProcessorPil(size={"shortest_edge": 224}), (0.0625, 0.0625, 0.9375, 0.9375)),
-    ],
-    ids=["crop", "stretch", "margin", "own code"],
-)
-def test_what_an_image_processor_keeps(size: tuple[int, int], image_processor, box: tuple[float, ...]) -> None:
-    assert kept_box(size, image_processor) == pytest.approx(box, abs=0.005)
 
 
 def test_metrics_are_those_of_the_maps(encoder: Encoder, folder: Path) -> None:
