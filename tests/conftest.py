@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -152,3 +153,23 @@ def still_checkpoint(tmp_path_factory: pytest.TempPathFactory, official_checkpoi
         config["text_config"]["backbone_config"][name] = 0.0
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_on_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that finds long captions of Scenes, and in them colours. One of the processes trains it."""
+    from lotlip_hf.cli import main
+    from lotlip_hf.training.checkpoint import list_checkpoints
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained-on-scenes"
+    flags = (
+        "--model scenes --data scenes --num-scenes 5000 --num-sentences 0 --num-long-texts 1 --max-text-length 128 "
+    )
+    flags += (
+        "--max-steps 400 --batch-size 64 --learning-rate 1.5e-3 --warmup-steps 100 --num-workers 0 --trackers none"
+    )
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            assert main(["train", "--output", str(folder), *flags.split()]) == 0
+    return list_checkpoints(folder)[-1]

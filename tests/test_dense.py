@@ -12,13 +12,11 @@ from torch.nn import functional as F
 
 import tiny_clip
 from lotlip_hf import Encoder, LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, load_encoder
-from lotlip_hf.cli import main as lotlip
 from lotlip_hf.dense import calibrated, calibrated_weights, can_calibrate, enrich_classes, heat_maps, score_maps
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.evaluation.evaluate import evaluate
 from lotlip_hf.scenes.dataset import GRID, regions, render, scene, write_segmentation
 from lotlip_hf.scenes.small import small_model
-from lotlip_hf.training.checkpoint import list_checkpoints
 from tiny_vision import FAMILIES, Family, spread
 
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -168,15 +166,10 @@ def test_enriched_classes_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_on_scenes(tmp_path: Path) -> None:
+@pytest.mark.timeout(1500)
+def test_on_scenes(trained_on_scenes: Path, tmp_path: Path) -> None:
     """After a short training, most heat is in the object's cell, and calibration makes segmentation better."""
-    flags = (
-        "--num-scenes 5000 --num-sentences 0 --num-long-texts 1 --max-text-length 128 --max-steps 400 --batch-size 64"
-    )
-    run = ["--model", "scenes", "--data", "scenes", "--trackers", "none", "--output", str(tmp_path / "run")]
-    rate = "--learning-rate 1.5e-3 --warmup-steps 100 --num-workers 0"
-    assert lotlip(["train", *run, *flags.split(), *rate.split()]) == 0
-    encoder = load_encoder(list_checkpoints(tmp_path / "run")[-1])
+    encoder = load_encoder(trained_on_scenes)
     shares: dict[str, list[float]] = {"gradient": [], "calibrated": []}
     for number in range(60):
         one = scene(number, split="test")

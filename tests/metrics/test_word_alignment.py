@@ -11,12 +11,10 @@ from torch.nn import functional as F
 import tiny_clip
 from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.attribution import eager, relevance
-from lotlip_hf.cli import main
 from lotlip_hf.conversion.clip import convert
 from lotlip_hf.metrics import WordScore, token_relevance, word_alignment
 from lotlip_hf.scenes.dataset import long_captions, render, scene
 from lotlip_hf.scenes.small import small_model
-from lotlip_hf.training.checkpoint import list_checkpoints
 from scripts import load_script
 
 SCENES = [scene(index, split="test") for index in range(3)]
@@ -144,17 +142,14 @@ def test_wrong_arguments(encoder: Encoder) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_an_exchanged_colour_has_the_lowest_value(tmp_path: Path) -> None:
+def test_an_exchanged_colour_has_the_lowest_value(trained_on_scenes: Path) -> None:
     """In a small model that was trained on other pictures. By chance, one lowest word in 40 is exchanged."""
-    flags = "--data scenes --num-scenes 5000 --model scenes --num-sentences 0 --max-text-length 128 --batch-size 64 "
-    flags += "--learning-rate 1.5e-3 --warmup-steps 50 --max-steps 250 --num-workers 0 --trackers none"
-    assert main(["train", "--output", str(tmp_path), *flags.split()]) == 0
     script = load_script("benchmarks/exchanged_words.py")
-    encoder = load_encoder(list_checkpoints(tmp_path)[-1], device="cpu")
+    encoder = load_encoder(trained_on_scenes, device="cpu")
     captions = script.exchanged([scene(index, split="test") for index in range(150)], encoder)
     captions = [one for one in captions if one.attribute == "colour"]
     found, pooled = (script.measure(script.by_attention(encoder, rows=rows), captions) for rows in ("all", "pooled"))
-    assert found["lowest"] > 0.4  # 0.62 here, and 0.84 after 400 steps
+    assert found["lowest"] > 0.5
     assert found["above"] > 0.85
     assert found["below_true"] > 0.6
     assert found["lowest"] > pooled["lowest"]
