@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,7 @@ from .data.sentences import split_sentences
 from .dense import heat_maps
 from .encoder import Encoder, load_encoder
 from .engines.torch import evaluating
-from .images import ImageSource, image_source, load_image
+from .images import ImageSource, image_source, kept_box, load_image
 from .metrics.word_alignment import word_alignment
 from .modeling.calls_lotlip import for_one_call
 from .modeling.modeling_lotlip import LoTLIPModel
@@ -165,12 +164,13 @@ def explain(encoder: Encoder | str | os.PathLike, image: ImageSource, text: str)
     heat = dict(zip(distinct, heat_maps(encoder, image, distinct), strict=True))
     source, path = image_source(image)
     picture = load_image(source, background=encoder.engine.background)
+    seen = kept_box(picture.size, encoder.engine.image_processor)
     picture.thumbnail((SIDE, SIDE))
     return Explanation(
         model=Path(encoder.name).name if os.path.isdir(encoder.name) else encoder.name,
         image=Path(path).name if path else (Path(source).name if isinstance(source, str | os.PathLike) else "image"),
         picture=picture,
-        seen=_seen_part(encoder, picture.size),
+        seen=seen,
         text=text,
         score=scores[0],
         sentences=[
@@ -255,34 +255,3 @@ def _attentions(encoder: Encoder, text: str, words: Sequence[Word]) -> list[Atte
         values = to_words(row.cpu(), offsets, words)
         found.append(Attention(token, values.tolist(), max(0.0, 1 - float(values.sum()))))
     return found
-
-
-def _seen_part(encoder: Encoder, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """
-    The part of a picture of this size that the image processor keeps: a ramp from 0 to 1 along each side of a picture
-    comes out as a ramp between the edges of that part. Black and white pictures undo the processor's normalisation.
-    """
-    engine: Any = encoder.engine
-    (width, height), noise = size, np.random.default_rng(0)  # noise, since rounding would bend the ramps
-    ramps = np.zeros((height, width, 3), dtype=np.uint8)
-    ramps[..., 0] = 255 * (np.arange(width) + 0.5) / width + noise.random((height, width))
-    ramps[..., 1] = 255 * (np.arange(height)[:, None] + 0.5) / height + noise.random((height, width))
-    low, high, ramp = (
-        engine.pixels(Image.fromarray(one))["pixel_values"][0].float()
-        for one in (np.zeros_like(ramps), np.full_like(ramps, 255), ramps)
-    )
-    if ramp.dim() != 3:  # SigLIP 2 NaFlex keeps all of an image
-        return 0.0, 0.0, 1.0, 1.0
-    shown = (high - low).abs() > 0  # not the padding around an image that is smaller than the crop
-    ramp = ((ramp - low) / (high - low)).numpy()
-    inside = shown[0].any(0).numpy(), shown[0].any(1).numpy()
-    rows, columns = ramp[0][inside[1]], ramp[1][:, inside[0]]
-    (left, right), (top, bottom) = _ends(rows.mean(0), inside[0]), _ends(columns.mean(1), inside[1])
-    return left, top, right, bottom
-
-
-def _ends(values: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
-    """The values at the ends of a row of points, half a step beyond them, of a straight line through those inside."""
-    numbers = np.flatnonzero(inside)
-    slope, start = np.polyfit(numbers + 0.5, values[numbers], 1)
-    return round(float(start), 3), round(float(start + slope * len(values)), 3)

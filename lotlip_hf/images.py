@@ -425,36 +425,18 @@ def load_mask(path: str | os.PathLike) -> torch.Tensor:
 
 def kept_box(size: tuple[int, int], image_processor: Any) -> tuple[float, float, float, float]:
     """
-    Finds the part of an image that an image processor keeps, which depends on its crop.
+    Finds the part of an image that an image processor keeps, which depends on its crop. See [`crop_scales`].
 
     Args:
         size (`tuple[int, int]`): Width and height of the image.
         image_processor (`BaseImageProcessor`): Image processor.
 
     Returns:
-        `tuple[float, float, float, float]`: Left, top, right and bottom edge, from 0 to 1 of the image.
+        `tuple[float, float, float, float]`: Left, top, right and bottom edge, from 0 to 1 of the image, and beyond
+            where the processor pads it.
     """
-    width, height = (max(1, round(512 * side / max(size))) for side in size)
-    across, down = ((np.arange(side) + 0.5) / side * 255 for side in (width, height))
-    ramps = np.stack(np.broadcast_arrays(across, down[:, None], 0), axis=-1)  # red and green are x and y
-    pictures = [ramps, np.zeros_like(ramps), np.full_like(ramps, 255)]
-    pixels = [
-        load_pixels(np.rint(one).astype(np.uint8), image_processor=image_processor)["pixel_values"][0]
-        for one in pictures
-    ]
-    if pixels[0].dim() != 3:  # NaFlex keeps the whole image
-        return 0.0, 0.0, 1.0, 1.0
-    values, black, white = (one[:2].double().numpy() for one in pixels)
-    shares = (values - black) / (white - black)
-    edges = []
-    for line in (shares[0].mean(0), shares[1].mean(1)):  # coordinates of the centres of columns and rows
-        slope, start = np.polyfit(np.arange(len(line)) + 0.5, line, 1)
-        # Pixels have 256 values.
-        edges.append(
-            [min(1.0, max(0.0, round(256 * float(edge)) / 256)) for edge in (start, start + slope * len(line))]
-        )
-    (left, right), (top, bottom) = edges
-    return left, top, right, bottom
+    left, top = (0.5 - 0.5 / scale for scale in crop_scales(size, image_processor))
+    return left, top, 1 - left, 1 - top
 
 
 def image_digest(source: ImageSource, name: str | None = None) -> str:

@@ -155,6 +155,8 @@ def test_every_image_tower_has_heat_maps(family: tiny_vision.Family, pictures: l
         ("shortest", (640, 320), (0.25, 0, 0.75, 1)),
         ("shortest", (100, 300), (0, 1 / 3, 1, 2 / 3)),
         ("shortest", (20, 20), (0, 0, 1, 1)),
+        ("shortest", (1, 1), (0, 0, 1, 1)),
+        ("square", (640, 1), (0, 0, 1, 1)),
         ("crop", (64, 32), (0.25, 0, 0.75, 1)),
         ("crop", (16, 32), (-0.5, 0, 1.5, 1)),  # padded
     ],

@@ -56,6 +56,12 @@ def test_pixels_are_counted_by_class() -> None:
     [
         ((640, 480), official_image_processor(224), (0.125, 0, 0.875, 1)),
         ((30, 300), SiglipImageProcessorPil(size={"height": 64, "width": 64}), WHOLE),
+        ((1, 300), SiglipImageProcessorPil(size={"height": 64, "width": 64}), WHOLE),
+        (
+            (100, 100),
+            BitImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 128, "width": 128}),
+            (-0.5, -0.5, 1.5, 1.5),
+        ),
         (
             (96, 96),
             BitImageProcessorPil(size={"shortest_edge": 128}, crop_size={"height": 112, "width": 112}),
@@ -63,7 +69,7 @@ def test_pixels_are_counted_by_class() -> None:
         ),
         ((64, 64), ConvNextImageProcessorPil(size={"shortest_edge": 224}), (0.0625, 0.0625, 0.9375, 0.9375)),
     ],
-    ids=["crop", "stretch", "margin", "own code"],
+    ids=["crop", "stretch", "thin", "frame", "margin", "own code"],
 )
 def test_what_an_image_processor_keeps(size: tuple[int, int], image_processor, box: tuple[float, ...]) -> None:
     assert kept_box(size, image_processor) == pytest.approx(box, abs=0.005)
