@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -97,16 +97,16 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
         image (`ImageSource`): The image.
         texts (`Sequence[str]`): S texts, such as the sentences of a description.
         method (`str`, *optional*, defaults to `"auto"`): `"gradient"`, the relevance of patches in the last two layers
-            of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text; `"calibrated"` or
-            `"patches"`, the cosine similarities of [`score_maps`] above their mean over the image; or `"auto"`, which
-            is `"gradient"` for image towers with attention and `"patches"` for others.
+            of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text;
+            `"calibrated"` or `"patches"`, the cosine similarities of [`score_maps`] above their mean over the image;
+            or `"auto"`, which is `"gradient"` for image towers with attention and `"patches"` for others.
 
     Returns:
         `torch.Tensor`: [S, h, w] in float32 on the CPU, from 0 to 1, the warmest patch of each text. A map is 0 if no
         patch speaks for the text.
 
     Raises:
-        `ValueError`: If the model is not a LoTLIP, or if `method` does not fit its image tower.
+        `ValueError`: If the model is not a LoTLIP, or if `method` is unknown or does not fit its image tower.
 
     Example:
 
@@ -120,6 +120,8 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
     ```
     """
     _, model = lotlip_engine(encoder)
+    if method not in get_args(HeatMethod):
+        raise ValueError(f"`method` must be one of {', '.join(get_args(HeatMethod))}, got {method!r}.")
     if method == "auto":
         method = "gradient" if can_calibrate(model) else "patches"
     if method == "gradient":
