@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
         patch speaks for the text.
 
     Raises:
-        `ValueError`: If the model is not a LoTLIP, or if `method` does not fit its image tower.
+        `ValueError`: If the model is not a LoTLIP, or if `method` is unknown or does not fit its image tower.
 
     Example:
 
@@ -121,6 +121,8 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
     ```
     """
     _, model = encoder.lotlip()
+    if method not in get_args(HeatMethod):
+        raise ValueError(f"`method` must be one of {', '.join(get_args(HeatMethod))}, got {method!r}.")
     if method == "auto":
         method = "gradient" if can_calibrate(model) else "patches"
     if method == "gradient":

@@ -51,7 +51,9 @@ class RegionPooler(nn.Module):
         self.text = nn.Linear(dim, width) if locates else None
         self.corners = _box_head(width) if locates else None
 
-    def forward(self, patch_embeds: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, patch_embeds: torch.Tensor, boxes: torch.Tensor, patch_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Returns the normalised embeddings [B, R, dim] of regions.
 
@@ -60,21 +62,28 @@ class RegionPooler(nn.Module):
                 `model(pixel_values=..., output_patch_embeds=True).patch_embeds`.
             boxes (`torch.Tensor`): Boxes [B, R, 4], x0, y0, x1, y1 in [0, 1] from the top left corner of the image as
                 the model sees it, after the centre crop of its image processor.
+            patch_mask (`torch.Tensor`, *optional*): Mask [B, P], `False` for padding: `pixel_attention_mask` of
+                SigLIP 2 NaFlex.
         """
-        states = self.reader(self.box(_waves(boxes)), self.norm(self.patches(patch_embeds)))
+        states = self.reader(self.box(_waves(boxes)), self.norm(self.patches(patch_embeds)), patch_mask)
         return F.normalize(self.embedding(states), dim=-1)
 
-    def locate(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    def locate(
+        self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, patch_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Returns the boxes [B, R, 4] of texts: centre x, centre y, width and height in [0, 1]. See [`to_corners`].
 
         Args:
             patch_embeds (`torch.Tensor`): Patches [B, P, dim] of the images.
             text_embeds (`torch.Tensor`): Normalised embeddings [B, R, dim] of texts.
+            patch_mask (`torch.Tensor`, *optional*): Mask [B, P], `False` for padding: `pixel_attention_mask` of
+                SigLIP 2 NaFlex.
         """
         if self.text is None or self.corners is None:
             raise ValueError("This `RegionPooler` has no part that locates texts. Train it with a weight `grounding`.")
-        return self.corners(self.reader(self.text(text_embeds), self.norm(self.patches(patch_embeds)))).sigmoid()
+        states = self.reader(self.text(text_embeds), self.norm(self.patches(patch_embeds)), patch_mask)
+        return self.corners(states).sigmoid()
 
 
 class RegionQueries(nn.Module):
@@ -105,18 +114,22 @@ class RegionQueries(nn.Module):
         self.boxes = _box_head(width)
         self.embedding = nn.Linear(width, dim, bias=False)
 
-    def forward(self, patch_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, patch_embeds: torch.Tensor, patch_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Returns the boxes [B, Q, 4] of images (centre x, centre y, width and height in [0, 1], see [`to_corners`]), and
         their normalised embeddings [B, Q, dim].
 
         Args:
             patch_embeds (`torch.Tensor`): Patches [B, P, dim] of the images.
+            patch_mask (`torch.Tensor`, *optional*): Mask [B, P], `False` for padding: `pixel_attention_mask` of
+                SigLIP 2 NaFlex.
         """
         patches = self.patch_norm(self.patches(patch_embeds))
         states = self.queries.expand(len(patches), -1, -1)
         for layer in self.layers:
-            states = layer(states, patches)
+            states = layer(states, patches, memory_key_padding_mask=_inverse(patch_mask))
         states = self.norm(states)
         return self.boxes(states).sigmoid(), F.normalize(self.embedding(states), dim=-1)
 
@@ -235,9 +248,14 @@ class _Reader(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, prompts: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        states = prompts + self.attention(self.norm(prompts), patches, patches, need_weights=False)[0]
+    def forward(self, prompts: torch.Tensor, patches: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        seen = self.attention(self.norm(prompts), patches, patches, _inverse(mask), need_weights=False)[0]
+        states = prompts + seen
         return states + self.mlp(states)
+
+
+def _inverse(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else ~mask.bool()
 
 
 def _num_heads(width: int) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 
-# Letters (w) and digits (d), joined by apostrophes, hyphens and, between digits, full stops and commas
-WORD = re.compile(r"[wd]+(?:(?:['’‐-]|(?<=d)[.,](?=d))[wd]+)*")
+# Letters (w) and digits (d) with their marks (m), joined by apostrophes, hyphens and, between digits, full stops and
+# commas
+WORD = re.compile(r"[wd][wdm]*(?:(?:['’‐-]|(?<=d)[.,](?=d))[wd][wdm]*)*")
 
 
 class Word(NamedTuple):
@@ -43,7 +44,7 @@ def split_words(text: str) -> list[Word]:
     ["It's", 'a', 'well-known', '3.5', 'm', 'boat']
     ```
     """
-    kinds = "".join({"L": "w", "M": "w", "N": "d"}.get(unicodedata.category(one)[0], one) for one in text)
+    kinds = "".join({"L": "w", "M": "m", "N": "d"}.get(unicodedata.category(one)[0], one) for one in text)
     return [Word(text[found.start() : found.end()], *found.span()) for found in WORD.finditer(kinds)]
 
 

@@ -84,6 +84,11 @@ def test_images_with_other_grids_are_refused() -> None:
         score_maps(encoder, [Image.new("RGB", (64, 128)), Image.new("RGB", (128, 64))], TEXTS)
 
 
+def test_an_unknown_method_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="method"):
+        heat_maps(encoder, pictures(1)[0], TEXTS, method="gradients")  # pyright: ignore[reportArgumentType]
+
+
 def test_other_models_are_refused(tmp_path: Path) -> None:
     tiny_clip.save_clip(tmp_path)
     with pytest.raises(ValueError, match="LoTLIP"):

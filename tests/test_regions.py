@@ -17,6 +17,9 @@ from lotlip_hf.regions import (
     to_centres,
     to_corners,
 )
+from lotlip_hf.training.terms.region_text import RegionText
+from lotlip_hf.training.terms.regions import Regions
+from lotlip_hf.training.terms.views import Views
 
 SQUARE = [0.0, 0.0, 0.5, 0.5]
 
@@ -78,6 +81,30 @@ def test_a_region_depends_on_its_box_and_its_image_alone() -> None:
             torch.testing.assert_close(pooler.locate(alone[0], texts[i, None, j, None])[0, 0], found[i, j])
     with pytest.raises(ValueError, match="grounding"):
         RegionPooler(12, width=8).locate(patches, texts)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_padding_of_patches_is_not_seen(number: int, is_training: bool) -> None:
+    """Also in a process without samples, and with patch dropout."""
+    terms = [RegionText(grounding=0.5, width=8, projection_dim=8), Regions(projection_dim=8, width=8, layers=1)]
+    tensors = {
+        "region_embeds": torch.randn(number, 3, 8),
+        "region_keys": torch.arange(3 * number).view(number, 3),
+        "boxes": torch.tensor([0.1, 0.2, 0.6, 0.9]).expand(number, 3, 4),
+        "box_mask": torch.ones(number, 3, dtype=torch.bool),
+    }
+    patches, padding = torch.randn(number, 7, 8), torch.randn(number, 2, 8)
+    padded = {
+        "patch_embeds": torch.cat([patches, padding], 1),
+        "pixel_attention_mask": torch.tensor([1] * 9 + [0] * 3).expand(number, 12),
+        "kept_patches": torch.tensor([0, 1, 2, 4, 5, 7, 8, 9, 10]).expand(number, 9),
+    }
+    for term in terms:
+        term.train(is_training)
+        assert padded.keys() <= term.needs
+        expected = term(Views({**tensors, "patch_embeds": patches}, torch.tensor(10.0)))
+        torch.testing.assert_close(term(Views({**tensors, **padded}, torch.tensor(10.0))), expected)
 
 
 def test_heads_of_a_checkpoint(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tiny_tokenizers import GOLDEN, TEXTS, random_texts, toy_roberta, toy_xlm_ro
         ("3.5 m, 1,000 or 20%: 3.x 2nd", ["3.5", "m", "1,000", "or", "20", "3", "x", "2nd"]),
         ("snake_case--dash a/b", ["snake", "case", "dash", "a", "b"]),
         ("e\u0301te\u0301 हिन्दी 猫", ["e\u0301te\u0301", "हिन्दी", "猫"]),
+        ("a \u2764\ufe0f heart, 1\ufe0f\u20e3", ["a", "heart", "1\ufe0f\u20e3"]),  # marks of emoji
     ],
 )
 def test_words(text: str, words: list[str]) -> None:

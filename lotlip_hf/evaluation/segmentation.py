@@ -14,7 +14,7 @@ from ..encoder import Encoder
 from ..images import Background, ImageError, kept_box, load_image, load_mask
 from ..terminal import progress_bar
 from .embeddings import refuse_unreadable
-from .tasks import SegmentationData
+from .tasks import IncompleteDataError, SegmentationData
 
 IGNORED = 255
 ROWS = 64  # of pixels that are compared at the same time
@@ -47,7 +47,8 @@ def segmentation_metrics(
 
     Raises:
         `ValueError`: If the model is not a LoTLIP.
-        `IncompleteDataError`: If an image or a mask cannot be read, or they do not fit; the message names them.
+        `IncompleteDataError`: If an image or a mask cannot be read, or they do not fit; the message names them. Also
+            if no pixel is left to score.
     """
     engine, model = encoder.lotlip()
     variants = {"": False, "calibrated_": True} if can_calibrate(model) else {"": False}
@@ -70,6 +71,8 @@ def segmentation_metrics(
     metrics = {}
     for name, mine in confusions.items():
         total = torch.stack(gather_lists([mine])).sum(0).double()
+        if not total.any():
+            raise IncompleteDataError(f"All pixels of the {len(data.images)} masks are {IGNORED} or cropped.")
         union = total.sum(0) + total.sum(1) - total.diag()
         metrics[f"{name}mean_iou"] = (total.diag() / union)[union > 0].mean().item()
         metrics[f"{name}pixel_accuracy"] = (total.diag().sum() / total.sum()).item()

@@ -47,7 +47,7 @@ def caption_reward(
         `torch.Tensor`: The rewards [N].
 
     Raises:
-        `ValueError`: If the numbers of images and texts differ or are 0.
+        `ValueError`: If the numbers of images and texts differ or are 0, or if the corpus is empty.
         `ImageError`: If an image cannot be read; the message names it.
 
     Example:
@@ -85,6 +85,8 @@ def aggregate(image_embeds: Tensor, corpus_embeds: Tensor, sharpness: float = 10
     Returns:
         `torch.Tensor`: Embeddings [N, P], not normalised.
     """
+    if not len(corpus_embeds):
+        raise ValueError("`corpus` is empty. Pass texts or their embeddings.")
     cosines = F.normalize(image_embeds, dim=-1) @ F.normalize(corpus_embeds, dim=-1).T
     return (sharpness * cosines).softmax(-1) @ corpus_embeds
 

@@ -107,6 +107,13 @@ def test_masks_that_do_not_fit(encoder: Encoder, folder: Path, mask: Image.Image
         evaluate(encoder, load_benchmark("segmentation", folder), progress=False)
 
 
+def test_masks_without_a_class(encoder: Encoder, folder: Path) -> None:
+    for file in (folder / "masks").iterdir():
+        Image.new("L", (64, 64), 255).save(file)
+    with pytest.raises(IncompleteDataError, match="255"):
+        evaluate(encoder, load_benchmark("segmentation", folder), progress=False)
+
+
 def test_masks_may_have_a_palette(tmp_path: Path) -> None:
     mask = Image.new("P", (2, 1))
     mask.putpalette([255, 0, 0, 0, 255, 0])

@@ -116,6 +116,8 @@ def test_the_reward_of_pictures(encoder: Encoder) -> None:
     torch.testing.assert_close(caption_reward(PICTURES, TEXTS, known, encoder), expected, rtol=0, atol=1e-4)
     target = aggregate(images, known)
     torch.testing.assert_close(caption_reward_of(target, target, images), torch.full((4,), 100.0))
+    with pytest.raises(ValueError, match="corpus"):
+        caption_reward(PICTURES, TEXTS, [], encoder)
 
 
 # Composed score

@@ -6,9 +6,7 @@ from torch.nn import functional as F
 
 from ...data.masking import IGNORED
 from ...distributed import sum_over_ranks, world_size
-from .views import Views
-
-PATCHES = ("pixel_attention_mask", "kept_patches")  # tensors that some batches have
+from .views import PATCHES, Views, mask_of_patches
 
 
 class MaskedWords(nn.Module):
@@ -47,9 +45,9 @@ class MaskedWords(nn.Module):
     def forward(self, views: Views) -> torch.Tensor:
         labels = views["masked_labels"].squeeze(1)
         patches, tokens = self.patch_norm(_filled(views["patch_embeds"])), _filled(views["masked_token_embeds"])
-        padding = ~_filled(views["masked_token_mask"])
+        padding, mask = ~_filled(views["masked_token_mask"]), mask_of_patches(views)
         tokens = self.token_norm(tokens)
-        seen = tokens + self.attention(tokens, patches, patches, _padding_of_patches(views))[0]
+        seen = tokens + self.attention(tokens, patches, patches, None if mask is None else ~mask)[0]
         is_masked = labels != IGNORED
         logits = self.head(self.layers(seen, src_key_padding_mask=padding)[: len(labels)][is_masked])
         loss = F.cross_entropy(logits, labels[is_masked], reduction="sum")
@@ -59,11 +57,3 @@ class MaskedWords(nn.Module):
 def _filled(tensor: torch.Tensor) -> torch.Tensor:
     """Adds a sample to a batch without samples, which attention refuses."""
     return tensor if len(tensor) else torch.cat([tensor, tensor.new_ones(1, *tensor.shape[1:])])
-
-
-def _padding_of_patches(views: Views) -> torch.Tensor | None:
-    """Returns which of the embedded patches [b, P] are padding, for SigLIP 2 NaFlex."""
-    mask, kept = (views.get(name) for name in PATCHES)
-    if mask is None:
-        return None
-    return ~_filled((mask if kept is None else mask.gather(1, kept)).bool())

@@ -6,7 +6,7 @@ from torch import nn
 from ...distributed import sum_over_ranks, world_size
 from ...regions import RegionPooler, overlaps, to_centres, to_corners
 from .rows import sum_of_matches
-from .views import Views
+from .views import PATCHES, Views, mask_of_patches
 
 
 class RegionText(nn.Module):
@@ -26,7 +26,7 @@ class RegionText(nn.Module):
         `ValueError`: If a number is out of range.
     """
 
-    needs = frozenset({"patch_embeds", "region_embeds", "region_keys", "boxes", "box_mask"})
+    needs = frozenset({"patch_embeds", "region_embeds", "region_keys", "boxes", "box_mask", *PATCHES})
 
     def __init__(self, grounding: float = 0.0, width: int = 256, projection_dim: int = 512) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class RegionText(nn.Module):
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         mask, patches, boxes = views["box_mask"], views["patch_embeds"], views["boxes"].to(views["patch_embeds"].dtype)
-        texts = views["region_embeds"]
+        texts, seen = views["region_embeds"], mask_of_patches(views)
         count = sum_over_ranks(mask.sum()).clamp(min=1)
-        pair, keys = (self.pooler(patches, boxes)[mask], texts[mask]), views["region_keys"][mask]
+        pair, keys = (self.pooler(patches, boxes, seen)[mask], texts[mask]), views["region_keys"][mask]
         sums = [sum_of_matches(*each, keys, views.logit_scale) for each in (pair, pair[::-1])]
         losses = {"contrast": torch.stack(sums).mean() * world_size() / count}
         if self.grounding:
-            found, known = self.pooler.locate(patches, texts)[mask], boxes[mask]
+            found, known = self.pooler.locate(patches, texts, seen)[mask], boxes[mask]
             distance = (found - to_centres(known)).abs().sum() + (1 - overlaps(to_corners(found), known)[1]).sum()
             losses["grounding"] = self.grounding * distance * world_size() / count
         return losses

@@ -6,7 +6,7 @@ from torch import nn
 from ...distributed import sum_over_ranks, world_size
 from ...regions import RegionQueries, match, overlaps, to_centres, to_corners
 from .rows import sum_of_matches
-from .views import Views
+from .views import PATCHES, Views, mask_of_patches
 
 COSTS = 5.0, 2.0  # of the matching: of L1, and of the generalised intersection over union
 TIE = 1e-3
@@ -36,7 +36,7 @@ class Regions(nn.Module):
         `ValueError`: If a number is out of range.
     """
 
-    needs = frozenset({"patch_embeds", "region_embeds", "region_keys", "boxes", "box_mask"})
+    needs = frozenset({"patch_embeds", "region_embeds", "region_keys", "boxes", "box_mask", *PATCHES})
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Regions(nn.Module):
         self.head = RegionQueries(projection_dim, queries, layers, width)
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
-        boxes, embeds = self.head(views["patch_embeds"])
+        boxes, embeds = self.head(views["patch_embeds"], mask_of_patches(views))
         return self.losses(boxes, embeds, views)
 
     def losses(self, boxes: torch.Tensor, embeds: torch.Tensor, views: Views) -> dict[str, torch.Tensor]:

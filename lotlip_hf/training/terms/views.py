@@ -6,6 +6,8 @@ import torch
 
 from ...distributed import all_sizes, gather, rank
 
+PATCHES = ("pixel_attention_mask", "kept_patches")  # tensors that some batches have
+
 
 class Views(dict[str, torch.Tensor]):
     """
@@ -39,6 +41,12 @@ class Views(dict[str, torch.Tensor]):
             dtype = self[name].dtype
             self._all[name] = gather(self._tensors[name], self._sizes, dtype)
         return self._all[name]
+
+
+def mask_of_patches(views: Views) -> torch.Tensor | None:
+    """Returns which of the embedded patches [b, P] are not padding, for SigLIP 2 NaFlex, or `None` without samples."""
+    mask, kept = (views.get(name) for name in PATCHES)
+    return None if mask is None or not len(mask) else (mask if kept is None else mask.gather(1, kept)).bool()
 
 
 def _exact(tensor: torch.Tensor) -> torch.dtype:
