@@ -123,9 +123,9 @@ def page(explanations: Sequence[Explanation]) -> str:
     legend = (
         f'The picture <span class="key" style="{blue}">supports</span> or <span class="key" style="{red}">contradicts'
         "</span> a word. The strongest word of a text has the full colour. Score: cosine of the picture and the "
-        "sentence alone. Lost without: score of the whole text minus the score of the text without the sentence. Point "
-        "at a sentence or word, or reach it with Tab, for its number and its heat map; a click or Enter keeps the map "
-        "until Escape."
+        "sentence alone. Lost without: score of the whole text minus the score of the text without the sentence. "
+        "Point at a sentence or word, or reach it with Tab, for its number and its heat map; a click or Enter keeps "
+        "the map until Escape."
     )
     if any(max(*one.seen[:2], 1 - one.seen[2], 1 - one.seen[3]) > 0.01 for one in explanations):
         legend += " The model does not see pale margins."
@@ -254,8 +254,9 @@ def _panel(explanation: Explanation, text: int) -> str:
     return (
         f'<section class="panel"><h2>{_text(explanation.model)}</h2>'
         f'<p class="note">{_text(explanation.image)}, score of the whole text <b>{explanation.score:.3f}</b></p>'
-        f'<figure><div class="picture" style="--aspect: {aspect:.4f}"><img alt="{_text(explanation.image)}" src="data:image/jpeg;base64,'
-        f'{_encoded(explanation.picture, "JPEG")}"><div class="seen" style="{place}"><img class="heat" alt="" hidden>'
+        f'<figure><div class="picture" style="--aspect: {aspect:.4f}">'
+        f'<img alt="{_text(explanation.image)}" src="data:image/jpeg;base64,{_encoded(explanation.picture, "JPEG")}">'
+        f'<div class="seen" style="{place}"><img class="heat" alt="" hidden>'
         f"</div></div><figcaption></figcaption></figure>{cut}"
         "<table><thead><tr><th>score</th><th>lost without</th><th>sentence</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
