@@ -97,9 +97,9 @@ def heat_maps(encoder: Encoder, image: ImageSource, texts: Sequence[str], *, met
         image (`ImageSource`): The image.
         texts (`Sequence[str]`): S texts, such as the sentences of a description.
         method (`str`, *optional*, defaults to `"auto"`): `"gradient"`, the relevance of patches in the last two layers
-            of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text; `"calibrated"` or
-            `"patches"`, the cosine similarities of [`score_maps`] above their mean over the image; or `"auto"`, which
-            is `"gradient"` for image towers with attention and `"patches"` for others.
+            of the image tower ([`~lotlip_hf.attribution.relevance`]) for the similarity of image and text;
+            `"calibrated"` or `"patches"`, the cosine similarities of [`score_maps`] above their mean over the image;
+            or `"auto"`, which is `"gradient"` for image towers with attention and `"patches"` for others.
 
     Returns:
         `torch.Tensor`: [S, h, w] in float32 on the CPU, from 0 to 1, the warmest patch of each text. A map is 0 if no
