@@ -47,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", required=True, help="records, as for lotlip train")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines to write")
     parser.add_argument("--batch-size", type=int, default=8, help="records in a batch")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     options = parser.parse_args(argv)
-    check_output(options.output)
+    try:
+        check_output(options.output, overwrite=options.overwrite)
+    except OSError as error:
+        parser.error(str(error))
     records, _ = load_data(TrainingConfig(data=options.data))
     with replacing(options.output) as file:
         for line in score_records(load_encoder(options.model), records, options.batch_size):

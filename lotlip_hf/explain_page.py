@@ -26,12 +26,13 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #202020; background: #fff; m
 h1 { font-size: 1.4em; margin: 0; }
 h2 { font-size: 1.15em; margin: 0; overflow-wrap: anywhere; }
 .note { color: #595959; margin: 0.2em 0 1em; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 2.5em; }
+.panels { --share: calc((100% - (var(--columns) - 1) * 2.5em) / var(--columns)); display: grid; gap: 2.5em;
+    grid-template-columns: repeat(auto-fit, minmax(max(min(100%, 440px), var(--share)), 1fr)); }
 .panel { min-width: 0; }
 figure { margin: 0.5em 0 1em; position: sticky; top: 0; z-index: 1; background: #fff; padding: 0.4em 0;
     border-bottom: 1px solid #d8d8d8; }
-.picture { position: relative; overflow: hidden; width: fit-content; }
-.picture > img:first-child { display: block; height: min(46vh, 420px); max-width: 100%; object-fit: fill; }
+.picture { position: relative; overflow: hidden; width: min(100%, var(--aspect) * min(46vh, 420px)); }
+.picture > img:first-child { display: block; width: 100%; }
 .seen { position: absolute; box-shadow: 0 0 0 2000px rgba(255, 255, 255, 0.6); }
 .heat { width: 100%; height: 100%; display: block; }
 .heat[hidden] { display: none; }
@@ -56,7 +57,7 @@ p.attention { margin: 0.2em 0; overflow-wrap: anywhere; }
 .key { border-radius: 3px; padding: 1px 4px; }
 """
 SCRIPT = """
-const idle = "Point at a sentence or a word, or reach it with Tab, to see where the model finds it. A click keeps it.";
+const idle = "Point at a sentence or word to see where it is.";
 let kept = null;
 function show(chosen) {
   for (const panel of document.querySelectorAll(".panel")) {
@@ -121,17 +122,23 @@ def page(explanations: Sequence[Explanation]) -> str:
     blue, red = (f"background: rgba{(*colour, 0.5)}" for colour in (BLUE, RED))
     legend = (
         f'The picture <span class="key" style="{blue}">supports</span> or <span class="key" style="{red}">contradicts'
-        "</span> a word. The strongest word of a text has the full colour; the title of each word is its number. "
-        "Score: cosine of the picture and the sentence alone. Lost without: score of the whole text minus the score "
-        "of the text without the sentence."
+        "</span> a word. The strongest word of a text has the full colour. Score: cosine of the picture and the "
+        "sentence alone. Lost without: score of the whole text minus the score of the text without the sentence. "
+        "Point at a sentence or word, or reach it with Tab, for its number and its heat map; a click or Enter keeps "
+        "the map until Escape."
     )
+    if any(max(*one.seen[:2], 1 - one.seen[2], 1 - one.seen[3]) > 0.01 for one in explanations):
+        legend += " The model does not see pale margins."
+    # Models below each other, if each has several pictures.
+    columns = sum(one.model == explanations[0].model for one in explanations)
+    columns = columns if columns > 1 else max(1, len(explanations))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">"
         f"<title>What the model sees</title><style>{STYLE}</style></head>\n<body><h1>What the model sees</h1>"
-        f'<p class="note">{legend}</p><div class="panels">{"".join(panels)}</div>'
+        f'<p class="note">{legend}</p><div class="panels" style="--columns: {columns}">{"".join(panels)}</div>'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -199,7 +206,7 @@ def draw(explanation: Explanation) -> Image.Image:
         pen.text((left, top), part, colour, text_font)
     for number, (label, numbers, heat) in enumerate(cells):
         x, y = margin + number % columns * (side + margin), first + number // columns * height
-        canvas.paste(picture if heat is None else _overlaid(picture, heat, explanation.seen), (x, y))
+        canvas.paste(_overlaid(picture, heat, explanation.seen), (x, y))
         pen.text((x, y + picture.height + 6), numbers, "#202020", small_font)
         pen.multiline_text((x, y + picture.height + 27), label, "#595959", small_font)
     return canvas
@@ -231,6 +238,7 @@ def _largest(explanation: Explanation) -> float:
 def _panel(explanation: Explanation, text: int) -> str:
     largest = _largest(explanation)
     left, top, right, bottom = explanation.seen
+    aspect = explanation.picture.width / explanation.picture.height
     place = f"left: {left:.1%}; top: {top:.1%}; width: {right - left:.1%}; height: {bottom - top:.1%}"
     cut = ""
     if explanation.num_cut:
@@ -255,8 +263,9 @@ def _panel(explanation: Explanation, text: int) -> str:
     return (
         f'<section class="panel"><h2>{_text(explanation.model)}</h2>'
         f'<p class="note">{_text(explanation.image)}, score of the whole text <b>{explanation.score:.3f}</b></p>'
-        f'<figure><div class="picture"><img alt="{_text(explanation.image)}" src="data:image/jpeg;base64,'
-        f'{_encoded(explanation.picture, "JPEG")}"><div class="seen" style="{place}"><img class="heat" alt="" hidden>'
+        f'<figure><div class="picture" style="--aspect: {aspect:.4f}">'
+        f'<img alt="{_text(explanation.image)}" src="data:image/jpeg;base64,{_encoded(explanation.picture, "JPEG")}">'
+        f'<div class="seen" style="{place}"><img class="heat" alt="" hidden>'
         f"</div></div><figcaption></figcaption></figure>{cut}"
         "<table><thead><tr><th>score</th><th>lost without</th><th>sentence</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
@@ -323,11 +332,14 @@ def _coloured(heat: Tensor) -> Image.Image:
     return Image.fromarray(np.rint(COLD + heat.numpy()[..., None] * (HOT - COLD)).astype(np.uint8))
 
 
-def _overlaid(picture: Image.Image, heat: Tensor, seen: tuple[float, float, float, float]) -> Image.Image:
-    """The picture under a heat map on the part that the model sees."""
+def _overlaid(picture: Image.Image, heat: Tensor | None, seen: tuple[float, float, float, float]) -> Image.Image:
+    """The picture under a heat map on the part that the model sees, and pale elsewhere."""
     left, top, right, bottom = (round(one * side) for one, side in zip(seen, 2 * picture.size, strict=True))
-    covered = Image.new("RGBA", picture.size)
-    large = _coloured(heat).resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BILINEAR)
+    right, bottom = max(left + 1, right), max(top + 1, bottom)
+    covered = Image.new("RGBA", picture.size, (255, 255, 255, 153))  # as `.seen` of the page
+    large = Image.new("RGBA", (right - left, bottom - top))
+    if heat is not None:
+        large = _coloured(heat).resize(large.size, Image.Resampling.BILINEAR)
     covered.paste(large, (left, top))
     return Image.alpha_composite(picture.convert("RGBA"), covered).convert("RGB")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,12 @@ def test_pictures(explanations: list[Explanation], tmp_path: Path) -> None:
     cold = [dataclasses.replace(one, heat=torch.zeros_like(one.heat)) for one in explanations[0].sentences]
     without = draw(dataclasses.replace(explanations[0], sentences=cold))
     assert ImageChops.difference(without, draw(explanations[0])).getbbox() is not None
+    # What the model does not see is pale.
+    wide = dataclasses.replace(explanations[1], picture=Image.new("RGB", explanations[1].picture.size, "black"))
+    colours = {colour for _, colour in draw(wide).getcolors(2**24) or []}
+    assert {(0, 0, 0), (153, 153, 153)} <= colours
+    written = [page([one]) for one in explanations]
+    assert ["does not see pale margins" in one for one in written] == [False, True]
     with pytest.raises(FileExistsError, match="drawn"):
         save_pictures(explanations, tmp_path / "drawn")
 
@@ -263,6 +270,21 @@ def test_the_page_in_a_browser(explanations: list[Explanation], tmp_path: Path) 
         browser.locator("h1").click()
         assert shown() == [None, None]
 
+        # Pictures keep their shape in narrow windows, and nothing is wider than the window.
+        for width in (400, 900, 1600):
+            browser.set_viewport_size({"width": width, "height": 900})
+            for panel, one in zip(panels, explanations, strict=True):
+                box = panel.locator(".picture > img").first.bounding_box()
+                assert box["width"] / box["height"] == pytest.approx(one.picture.width / one.picture.height, rel=0.02)
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+        # Two models with two pictures each are two rows.
+        others = [dataclasses.replace(one, model="other") for one in explanations]
+        write_page([*explanations, *others], tmp_path / "rows.html")
+        browser.goto((tmp_path / "rows.html").as_uri())
+        tops = browser.locator(".panel").evaluate_all("all => all.map(one => one.getBoundingClientRect().top)")
+        assert tops[0] == tops[1] < tops[2] == tops[3]
+        browser.goto((tmp_path / "page.html").as_uri())
+
         # Over the wide picture, the heat covers the middle, which the model sees.
         word.hover()
         picture, heat_box = (panels[1].locator(name).bounding_box() for name in (".picture", ".heat"))
@@ -297,6 +319,11 @@ def test_the_command_prints_and_writes(
     assert [f"{found.sentences[0].score:.4f}", f"{found.sentences[0].lost:+.4f}", "A cat sleeps."] in rows
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count('class="panel"') == 2
     assert len([*(tmp_path / "drawn").iterdir()]) == 2
+    # Models whose folders have the same name are shown with their paths.
+    same = [shutil.copytree(official_checkpoint, tmp_path / name / "checkpoint-1") for name in ("one", "two")]
+    assert main(["explain", "--model", *map(str, same), "--image", files[0], "--device", "cpu", text]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{one}, a.png" in out for one in same)
     assert main([*command, files[0], "cat " * 300]) == 0
     assert "are cut" in capsys.readouterr().out
 

@@ -399,7 +399,8 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
         gr.Markdown(
             "# Find a picture by a long description\n"
             "Drop pictures and describe one of them in several sentences. The page ranks the pictures and shows how "
-            "well each sentence fits each picture. It also explains the first picture: each word, and where it is."
+            "well each sentence fits each picture. It also explains the picture that the description ranks first: "
+            "each word, and where it is."
         )
         with gr.Row():
             images = gr.Gallery(
@@ -434,6 +435,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
                 cache_examples=False,
             )
         outputs: list[Any] = [gr.HTML(elem_id="message")]
+        explanation = gr.HTML(elem_id="explanation")  # above the ranking, where it is seen when it comes
         with gr.Row():
             for number in range(1, len(models) + 1):
                 with gr.Column(elem_id=f"model-{number}"):
@@ -449,7 +451,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
                         )
                     )
                     outputs.append(gr.HTML())
-        outputs.append(gr.HTML(elem_id="explanation"))
+        outputs.append(explanation)
         # One ranking at a time, because the models and their caches are shared.
         run: dict[str, Any] = {"fn": show, "inputs": [images, text], "outputs": outputs, "concurrency_id": "rank"}
         gr.on([button.click, text.submit, *([page.load] if pictures else [])], **run, api_name="rank")

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..files import printable
 from ..options import Parser, make_parser, option, parse
@@ -28,7 +29,9 @@ class ExplainOptions(DeviceOptions):
     model: list[str] = option("Checkpoint folder or Hub id of a LoTLIP, one or more", metavar="MODEL")
     image: list[str] = option("Picture, one or more", metavar="FILE")
     output: str | None = option("Write a page with heat maps to this file", None, metavar="FILE")
-    pictures: str | None = option("Write a PNG file for each model and picture to this folder", None, metavar="FOLDER")
+    pictures: str | None = option(
+        "Write a PNG file for each model and picture to this new or empty folder", None, metavar="FOLDER"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +62,10 @@ def run(argv: Sequence[str]) -> None:
     explanations = []
     for name in options.model:
         encoder = options.load_named(name)
-        explanations += [explain(encoder, image, options.text or "") for image in options.image]
+        found = [explain(encoder, image, options.text or "") for image in options.image]
+        if [Path(one).name for one in options.model].count(Path(name).name) > 1:  # checkpoint-100 of two runs
+            found = [replace(one, model=name) for one in found]
+        explanations += found
     for one in explanations:
         lines = [[f"{one.score:.4f}", "", "the whole text"]]
         for sentence in one.sentences:

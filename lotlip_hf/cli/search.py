@@ -103,4 +103,5 @@ def title(options: SearchOptions) -> str:
     images = [(name, getattr(options, name)) for name in ("like", "unlike")]
     words = [f"{name} {', '.join(Path(file).name for file in files)}" for name, files in images if files]
     words += [] if options.without is None else [f'without "{options.without}"']
-    return ", ".join([*([] if options.text is None else [options.text]), *words])
+    text = [] if options.text is None else [f'"{options.text}"' if words else options.text]
+    return ", ".join([*text, *words])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,7 +39,7 @@ def composed_score(
         `float`: The score, from -1 to 1.
 
     Raises:
-        `ValueError`: If a box is empty or outside of the image.
+        `ValueError`: If a box is malformed, empty or outside of the image.
         `ImageError`: If the image cannot be read; the message names it.
 
     Example:
@@ -93,7 +94,10 @@ def only_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
         `PIL.Image.Image`: The image, black outside of the boxes.
     """
     part = Image.new(image.mode, image.size)
-    for x0, y0, x1, y1 in boxes:
+    for box in boxes:
+        if np.shape(box) != (4,):
+            raise ValueError(f"`parts`: {box} is not a box [x0, y0, x1, y1]. Pass a list of boxes for each part.")
+        x0, y0, x1, y1 = box
         if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
             raise ValueError(f"`parts`: the box {[x0, y0, x1, y1]} is empty or outside of [0, 1].")
         width, height = image.size

@@ -27,6 +27,7 @@ from PIL import Image
 from lotlip_hf import Encoder, cli
 from lotlip_hf.cli import main
 from lotlip_hf.cli.model import ModelOptions
+from lotlip_hf.cli.search import SearchOptions, title
 from lotlip_hf.embed import check_texts, embed_texts, read_texts
 from lotlip_hf.store import FILE
 from processes import Started
@@ -80,6 +81,13 @@ def test_search_prints_a_ranked_table(pair: Pair, photos: Path, run: Callable[..
     assert str(grid) in err
     with Image.open(grid) as picture:
         assert picture.width > 600
+
+
+def test_the_grid_says_what_was_searched_for() -> None:
+    options = {"model": "x", "images": "photos"}
+    assert title(SearchOptions(**options, text="A cat.")) == "A cat."
+    both = SearchOptions(**options, text="A cat.", without="A sofa.", unlike=["photos/dog.png"])
+    assert title(both) == '"A cat.", unlike dog.png, without "A sofa."'
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`examples/score_words.py`, run as it is on a tiny checkpoint: a run reads what it writes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lotlip_hf.scenes.small import small_model
 from scripts import load_script
 
 
-def test_the_scores_of_each_caption(tmp_path: Path) -> None:
+def test_the_scores_of_each_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in small_model(hidden_size=32, num_hidden_layers=1):
         part.save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "pictures").mkdir()
@@ -36,5 +37,8 @@ def test_the_scores_of_each_caption(tmp_path: Path) -> None:
         assert [word for word, _ in texts[-1]] == ["two", "cats"]
         assert [word for word, _ in texts[0]] == [word.text for word in expected]
         assert [value for _, value in texts[0]] == pytest.approx([word.value for word in expected], abs=1e-6)
-    with pytest.raises(FileExistsError, match=r"words\.jsonl"):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
         main(argv)
+    assert re.search(r"words\.jsonl: exists already.*--overwrite", " ".join(capsys.readouterr().err.split()))
+    assert len(WordScores(main([*argv, "--overwrite"]))) == 3

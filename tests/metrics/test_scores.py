@@ -149,6 +149,12 @@ def test_the_score_of_a_picture(encoder: Encoder) -> None:
     assert composed_score(picture, text, parts, encoder) == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_boxes_are_checked() -> None:
+    for boxes, word in (([0, 0, 1, 1], "list of boxes"), ([[0, 0, 1]], "not a box"), ([[0, 0, 2, 1]], "outside")):
+        with pytest.raises(ValueError, match=word):
+            only_boxes(PICTURES[0], boxes)
+
+
 def test_a_part_is_black_outside_of_its_boxes() -> None:
     white = Image.new("RGB", (10, 8), "white")
     part = np.asarray(only_boxes(white, [[0, 0, 0.2, 0.5], [0.5, 0.25, 1, 0.3]]))[..., 0] > 0
