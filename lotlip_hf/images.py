@@ -420,6 +420,8 @@ def load_mask(path: str | os.PathLike) -> torch.Tensor:
     with _image_errors(name), Image.open(io.BytesIO(read_image_bytes(path)), formats=["PNG"]) as image:
         if image.mode not in ("L", "P"):
             raise ImageError(name, f"a mask must have one channel of 8 bits, this has mode {image.mode}")
+        if image.tile[0][3] in ("L;2", "L;4"):  # Pillow would scale the values
+            raise ImageError(name, "a mask must have one channel of 8 bits, this has gray values of fewer bits")
         return torch.from_numpy(np.array(image))
 
 

@@ -1,6 +1,8 @@
 """Zero-shot segmentation: the folder, the counts of pixels, the command."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,14 @@ def test_masks_may_have_a_palette(tmp_path: Path) -> None:
     mask.putpixel((1, 0), 1)
     mask.save(tmp_path / "mask.png")
     assert load_mask(tmp_path / "mask.png").tolist() == [[0, 1]]
+    header = struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)  # gray values of 2 bits
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes([0, 0b00011011]))), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(ImageError, match="8 bits"):
+        load_mask(tmp_path / "mask.png")
     (tmp_path / "mask.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"mask\.png"):
         load_mask(tmp_path / "mask.png")
