@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
@@ -25,8 +26,11 @@ from lotlip_hf.cli import COMMANDS
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.cli.convert import KINDS
 from lotlip_hf.conversion.clip import convert as convert_clip
+from lotlip_hf.data.sampling import STRATEGIES
+from lotlip_hf.modeling.backbones_lotlip import POOLINGS, TEXT_BACKBONES
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.training.config import parse_arguments
+from lotlip_hf.training.terms import TERMS
 from scripts import load_script
 from tiny_captioners import save_instructblip, save_llama, save_llava
 
@@ -110,13 +114,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
 
 
 @pytest.fixture
-def cwd(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A writable copy of it."""
+def cwd(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A writable copy of it. What a page registers is known to the page only."""
     folder = tmp_path / "cwd"
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    return folder
+    with contextlib.ExitStack() as stack:
+        for registry in (POOLINGS, STRATEGIES, TERMS, TEXT_BACKBONES):
+            stack.enter_context(mock.patch.dict(registry))
+        yield folder
 
 
 @pytest.fixture
