@@ -213,6 +213,7 @@ class LoTLIPTokenizer(TokenizersBackend):
                 raise ValueError("`text` is empty. Pass at least one string.")
             backend, split = call._tokenizer, kwargs.get("split_special_tokens")
             special = self._special_tokens() if (self.split_special_tokens if split is None else split) else []
+            names = re.compile("|".join(map(re.escape, special))) if special else None
             # A Unigram vocabulary contains special tokens, which must not be found in the normalised text.
             is_unigram = isinstance(backend.model, models.Unigram)
             normalize = backend.normalizer.normalize_str if is_unigram and backend.normalizer else str
@@ -227,7 +228,7 @@ class LoTLIPTokenizer(TokenizersBackend):
 
             def prepare(one: str) -> str:
                 if one not in prepared:
-                    joined = self._joined(one, is_words, special, normalize, template)
+                    joined = self._joined(one, is_words, names, normalize, template)
                     joined.encode()  # raises an error for half a surrogate pair
                     prepared[one] = joined if limit is None else _beginning(joined, limit)
                 return prepared[one]
@@ -266,26 +267,26 @@ class LoTLIPTokenizer(TokenizersBackend):
     def offset_text(self, text: str) -> str:
         """The text that offsets of a call refer to: cleaned, with separator tokens and in its template."""
         backend, special = self._tokenizer, self._special_tokens() if self.split_special_tokens else []
+        names = re.compile("|".join(map(re.escape, special))) if special else None
         is_unigram = isinstance(backend.model, models.Unigram)
         normalize = backend.normalizer.normalize_str if is_unigram and backend.normalizer else str
-        return self._joined(text, False, special, normalize, self._template())
+        return self._joined(text, False, names, normalize, self._template())
 
     def _joined(
         self,
         text: str,
         is_words: bool | None,
-        special: list[str],
+        names: re.Pattern[str] | None,
         normalize: Callable[[str], str],
         template: tuple[str, str, str, str],
     ) -> str:
-        """Cleans a text, marks the names of `special` tokens in it, and joins its sentences in the template."""
+        """Cleans a text, marks the names of special tokens in it, and joins its sentences in the template."""
         opening, before, after, closing = template
         sentences = [text] if is_words else self.sentences(text)
         if not is_words:  # plain parts of the template may become parts of words and names
             sentences = [before + sentences[0], *sentences[1:]]
             sentences[-1] += after
-        if special:
-            names = re.compile("|".join(map(re.escape, special)))
+        if names is not None:
             parts = [normalize(part).replace(MARK, ITSELF) for part in sentences]
             sentences = [names.sub(lambda name: HIDING.join(name[0]) + HIDING, part) for part in parts]
         joined = (self.sep_token or "").join(sentences)
