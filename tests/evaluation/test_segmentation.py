@@ -109,6 +109,14 @@ def test_masks_that_do_not_fit(encoder: Encoder, folder: Path, mask: Image.Image
         evaluate(encoder, load_benchmark("segmentation", folder), progress=False)
 
 
+def test_a_mask_outside_of_the_folder_is_not_read(encoder: Encoder, folder: Path) -> None:
+    mask = folder / "masks" / "00002.png"
+    mask.rename(folder.parent / "other.png")
+    mask.symlink_to(folder.parent / "other.png")
+    with pytest.raises(IncompleteDataError, match="link"):
+        load_benchmark("segmentation", folder)
+
+
 def test_masks_without_a_class(encoder: Encoder, folder: Path) -> None:
     for file in (folder / "masks").iterdir():
         Image.new("L", (64, 64), 255).save(file)

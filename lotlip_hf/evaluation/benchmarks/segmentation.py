@@ -1,7 +1,7 @@
 """Segmentation of your own images, in a folder of images and masks."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...images import find_images
 from .classes import name_classes, read_class_names
@@ -15,13 +15,14 @@ def rows(source: Source) -> Iterator[Row]:
     source.id = source.name = folder.resolve().name
     name_classes(source, read_class_names(folder / "classes.txt"), "classes.txt", None)
     found, unreadable = find_images(folder / "images", source.options.image_root)
-    if unreadable:
+    found_masks, unreadable_masks = find_images(folder / "masks", source.options.image_root)
+    if unreadable := unreadable | unreadable_masks:
         raise source.incomplete(f"{folder}: {shown([f'{name} {why}' for name, why in unreadable.items()])}")
-    masks = {name: folder / "masks" / Path(name).with_suffix(".png") for name in found}
-    if missing := [name for name, mask in masks.items() if not mask.is_file()]:
+    masks = {name: os.path.splitext(name)[0] + ".png" for name in found}
+    if missing := [name for name, mask in masks.items() if mask not in found_masks]:
         raise source.incomplete(f"of {len(found)} images, {len(missing)} have no mask ({shown(missing)})")
     for name, mask in masks.items():
-        yield Row(name, (folder / "images" / name,), mask=mask)
+        yield Row(name, (folder / "images" / name,), mask=folder / "masks" / mask)
 
 
 TASK = Task(
