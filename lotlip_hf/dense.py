@@ -202,11 +202,9 @@ def calibrated(model: LoTLIPModel | LoTLIPVisionModel) -> Iterator[None]:
         patches[0] = patches[0] + (layer.layer_scale1(update) if hasattr(layer, "layer_scale1") else update)
 
     def end(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor) -> Tensor | None:
-        return (
-            None
-            if kwargs.get("pooled_tokens") is not None
-            else torch.cat([states[:, :prefix], patches.pop()[:, prefix:]], 1)
-        )
+        if kwargs.get("pooled_tokens") is not None:  # patches are not computed
+            return None
+        return torch.cat([states[:, :prefix], patches.pop()[:, prefix:]], 1)
 
     hooks = [layers[0].register_forward_pre_hook(start)]
     for layer in layers:

@@ -1,5 +1,6 @@
 """Runs of the commands with a part of a test's own: by one process, and by two that share the batch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig
 from lotlip_hf.distributed import world_size
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
+from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.log import read_log
+from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.terms.views import Views
 from processes import finish
 
@@ -52,6 +55,22 @@ def train_alone_and_together(program: str, folder: Path, *flags: str) -> Path:
     )
     torch.testing.assert_close(others, weights, atol=1e-5, rtol=0)
     return one
+
+
+def assert_same_in_chunks(model: Any, batch: Mapping[str, Any], objective: Objective, name: str) -> torch.Tensor:
+    """Checks that gradient caching gives the gradients of the whole batch, and its loss `name`, which is returned."""
+    answers = []
+    for chunk in (None, 2):
+        model.zero_grad()
+        if chunk is None:
+            losses = batch_loss(model, batch, objective)
+            losses["loss"].backward()
+        else:
+            losses = cached_backward(model, batch, chunk, objective)
+        gradients = {one: each.grad.clone() for one, each in model.named_parameters() if each.grad is not None}
+        answers.append({"loss": losses[name].detach(), **gradients})
+    torch.testing.assert_close(answers[1], answers[0], atol=1e-6, rtol=1e-4)
+    return answers[0]["loss"]
 
 
 def save_model(folder: Path, **text_config: Any) -> Path:
