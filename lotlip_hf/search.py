@@ -86,7 +86,7 @@ class ImageIndex:
                 f"{list(query_embedding.shape)}."
             )
         with self.store as store:
-            scores = store.similarities(self.locations, query_embedding.detach().cpu().float().numpy())
+            scores = store.similarities(self.locations, np.asarray(query_embedding, np.float32))
         # The scores of identical images may differ in the last bits.
         best = np.argsort(-scores.round(6), kind="stable")[:top]
         # A downloaded index may contain embeddings that are not normalised.
