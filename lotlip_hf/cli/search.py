@@ -41,20 +41,21 @@ MAX_LINE = 1 << 20  # bytes of a query, 3000 times as long as what most models r
 
 
 @dataclass(kw_only=True)
-class FolderOptions(ModelOptions):
-    """Options of a model and a folder of images with its index."""
+class IndexOptions(ModelOptions):
+    """Options of a model and the index of a folder of images."""
 
-    images: str = option("Folder of images, including its subfolders", group="Search", metavar="FOLDER")
-    index: str | None = option("Folder of the index (default: .lotlip in --images)", None, metavar="FOLDER")
+    index: str | None = option(
+        "Folder of the index (default: .lotlip in --images)", None, group="Search", metavar="FOLDER"
+    )
     image_root: str | None = option(IMAGE_ROOT, None, metavar="FOLDER")
 
-    def build_index(self, encoder: "Encoder") -> "ImageIndex":
+    def build_index(self, encoder: "Encoder", images: str) -> "ImageIndex":
         """Embeds new and changed images, and returns the index."""
         from ..search import build_index
 
         return build_index(
             encoder,
-            self.images,
+            images,
             index_folder=self.index,
             image_root=self.image_root,
             batch_size=self.batch_size or 32,
@@ -62,7 +63,7 @@ class FolderOptions(ModelOptions):
 
 
 @dataclass(kw_only=True)
-class SearchOptions(FolderOptions):
+class SearchOptions(IndexOptions):
     """Options of `lotlip search`."""
 
     text: str | None = option(
@@ -72,6 +73,7 @@ class SearchOptions(FolderOptions):
         metavar="TEXT",
         positional=True,
     )
+    images: str = option("Folder of images, including its subfolders", metavar="FOLDER")
     queries: str | None = option(
         "File with one description on each line; - reads the keyboard or a pipe", None, metavar="FILE"
     )
@@ -116,7 +118,7 @@ def run(argv: Sequence[str]) -> None:
         check_picture(options.save_grid)
     encoder = options.load()
     query = embedder(encoder, options)(options.text)
-    index = options.build_index(encoder)
+    index = options.build_index(encoder, options.images)
     results = index.search(query, options.top)
     show(results, title(options, options.text), options)
     report_skipped(index.skipped)
@@ -131,7 +133,7 @@ def answer_all(options: SearchOptions, file: BinaryIO) -> None:
     """Answers the queries of a file one after another. Reports a line that is no query, and goes on."""
     encoder = options.load()
     embed = embedder(encoder, options)
-    index = options.build_index(encoder)
+    index = options.build_index(encoder, options.images)
     report_skipped(index.skipped)
     at_terminal = os.isatty(file.fileno())
     for number, line in enumerate(lines(file, "> " if at_terminal else ""), 1):
