@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--table {arguments.table}: no such table. Add shards with --add")
     encoder = load_encoder(arguments.model)
     check_model(table, encoder)
-    query = np.asarray(encode_query(encoder, arguments.text))
+    query = encode_query(encoder, arguments.text)
     for row in search(table, query, arguments.top, arguments.where):
         print(json.dumps(row, default=str))
 

@@ -174,15 +174,18 @@ def embedder(encoder: "Encoder", options: SearchOptions) -> Callable[[str | None
 
     images = []
     if options.image is not None:
-        images.append(np.asarray(encoder.encode_images([options.image], progress=False)[0]))
+        ((_, row),) = encoder.image_rows([options.image])
+        if isinstance(row, Exception):
+            raise row
+        images.append(row)
     if options.like or options.unlike:
         from ..metrics import direction
 
         images.append(np.asarray(direction(options.like, options.unlike, encoder)))
-    without = None if options.without is None else np.asarray(encode_query(encoder, options.without))
+    without = None if options.without is None else encode_query(encoder, options.without)
 
     def embed(text: str | None) -> np.ndarray:
-        query = np.sum([*images, *([] if text is None else [np.asarray(encode_query(encoder, text))])], axis=0)
+        query = np.sum([*images, *([] if text is None else [encode_query(encoder, text)])], axis=0)
         if without is not None:
             query = query - (query @ without) * without
         norm = np.linalg.norm(query)

@@ -197,6 +197,37 @@ def test_each_query_is_answered_before_the_next_is_read(
         os.close(stdin)
 
 
+@pytest.mark.slow
+def test_search_with_an_exported_model_imports_no_torch(
+    official_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")
+    main(["convert", "onnx", "--model", str(official_checkpoint), "--output", str(tmp_path / "exported")])
+    program = (
+        tmp_path / "lotlip"
+    )  # `import lotlip_hf` registers the Auto classes, but not for the command of this name
+    program.write_text(
+        """
+import os, sys
+sys.executable = os.path.join(os.path.dirname(sys.argv[0]), "python")
+from lotlip_hf.cli import main
+status = main(sys.argv[1:])
+assert status == 0, status
+heavy = {"torch", "transformers", "datasets", "scipy", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    )
+    (tmp_path / "queries.txt").write_text("A cat.\nA dog.\n")
+    for words in (
+        [LONG_TEXT],  # embeds the images
+        [LONG_TEXT, "--without", "A dog.", "--save-grid", tmp_path / "grid.png"],
+        ["--image", photos / "a.png", "--json"],
+        ["--queries", tmp_path / "queries.txt", "--json"],
+    ):
+        command = [program, "search", "--model", tmp_path / "exported", "--images", photos, *words]
+        subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
 def test_search_reports_what_it_skipped_and_cut(photos: Path, run: Callable[..., Any]) -> None:
     (photos / "text.jpg").write_text("no image")
     (photos / "line\nbreak.png").touch()
