@@ -68,8 +68,8 @@ def add_shards(path: Path, shards: Sequence[Path], progress: bool = True) -> Any
         if table is None:
             table = lancedb.connect(path.parent).create_table(path.stem, schema=schema)
             table.create_index("id", config=BTree())  # finds the rows to replace
-        if schema.metadata != table.schema.metadata:
-            made_by = [(one.metadata or {}).get(b"model", b"?").decode() for one in (schema, table.schema)]
+        if schema.metadata[b"fingerprint"] != table.schema.metadata[b"fingerprint"]:
+            made_by = [one.metadata.get(b"model", b"?").decode() for one in (schema, table.schema)]
             raise ValueError(
                 f"{shard}: its model is {made_by[0]}, that of {path} is {made_by[1]}. Use another --table."
             )
