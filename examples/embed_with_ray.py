@@ -5,8 +5,8 @@
 
 The data is a folder of images, or Parquet files with the columns `image` (bytes of a file, or `{bytes, path}`) and
 `id`. The output has the columns, types and metadata of `lotlip embed --data`. Broken images are listed in
-`embeddings/skipped`. Ray starts a killed actor again, and repeats its batches. `--gpus 1` gives each actor a GPU. With
-`RAY_ADDRESS` the example uses a running cluster, whose machines must see the same files.
+`embeddings/_skipped`. Ray starts a killed actor again, and repeats its batches. `--gpus 1` gives each actor a GPU.
+With `RAY_ADDRESS` the example uses a running cluster, whose machines must see the same files.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.actors >= (cpus := int(ray.cluster_resources().get("CPU", 1))):
         parser.error(f"--actors {options.actors}: the readers need one of the {cpus} CPUs. Pass --actors {cpus - 1}.")
     output = Path(options.output).resolve()
-    skipped = output / "skipped"
+    skipped = output / "_skipped"
     skipped.mkdir(parents=True)
     embeddings = read(options.data, options.keep).map_batches(
         Embed,

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 10_000  # records
 SHARD_NAME = re.compile(r"part-(\d{5,})-(\d{5,})\.parquet")
-SKIPPED = ".skipped.jsonl"  # extension of the list of skipped records, beside the shard
+SKIPPED = "_{}.skipped.jsonl"  # list of a shard's broken records; readers of Parquet folders ignore names with _
 # With fewer parts than this per process, each process reads all parts, and the processes divide the shards instead.
 ENOUGH_PARTS = 4
 # A shard of this many records or more, all broken, stops the run: a folder or disk is missing.
@@ -170,7 +170,7 @@ def embed_source(
 
     The columns of a shard are `id`, `embedding` (normalised, float32 [P]) and those of `keep`. Its name,
     `part-00012-00003.parquet`, contains the number of the part and of the shard in it. Records with a broken image or
-    value are skipped, and listed in `part-00012-00003.skipped.jsonl` with `index` (in the part, from 0), `id` and
+    value are skipped, and listed in `_part-00012-00003.skipped.jsonl` with `index` (in the part, from 0), `id` and
     `reason`.
 
     The same call continues an interrupted one, and so does a call with another number of processes.
@@ -319,10 +319,12 @@ def _embed(
 
     def sources() -> Iterator[Any]:
         for index, record in enumerate(records, start):
-            name = os.fsencode(record["id"]).decode(errors="backslashreplace")
+            name = str(record["id"]).encode(errors="backslashreplace").decode()
             image = image_source(record["image"]).source
             values: list[pa.Scalar] = []
-            reason = record.get("error") or (None if image is not None else "the record has no image")
+            reason = record.get("error")
+            if reason is None and not isinstance(image, str | bytes):
+                reason = f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"
             for field in kept if reason is None else ():
                 value = record["kept"][field.name]
                 try:
@@ -364,7 +366,7 @@ def _cast(value: Any, kind: pa.DataType) -> pa.Scalar:
 
 def _write_shard(path: Path, table: pa.Table, broken: list[dict[str, Any]], about: dict[str, str]) -> None:
     """Writes a shard. The list of broken records is written first, as a shard that exists is complete."""
-    listed = path.with_suffix(SKIPPED)
+    listed = path.with_name(SKIPPED.format(path.stem))
     listed.unlink(missing_ok=True)
     if broken:
         with replacing(listed) as file:

@@ -195,4 +195,4 @@ def _embed_data(options: EmbedOptions, data: str, output: str) -> None:
     print(f"{embedded} embeddings in {output}{process}.")
     if skipped:
         what = "1 record was" if skipped == 1 else f"{skipped} records were"
-        print(f"{what} skipped{process}, listed in {os.path.join(output, '*' + SKIPPED)}.", file=sys.stderr)
+        print(f"{what} skipped{process}, listed in {os.path.join(output, SKIPPED.format('*'))}.", file=sys.stderr)

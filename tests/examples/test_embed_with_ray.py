@@ -70,7 +70,7 @@ def test_a_killed_actor_loses_nothing(repository: Path, official_checkpoint: Pat
     arguments = ["--model", official_checkpoint, "--data", tmp_path / "data.parquet", "--keep", "year"]
     process = start(repository, *arguments, "--output", output, "--actors", 1, "--batch-size", 4)
     try:
-        wait_until(process, lambda: any(output.glob("skipped/*.jsonl")))  # the actor is at work
+        wait_until(process, lambda: any(output.glob("_skipped/*.jsonl")))  # the actor is at work
         (actor,) = actors(process)
         actor.send_signal(signal.SIGKILL)
         text, _ = process.communicate(timeout=TIME_LIMIT)
@@ -82,7 +82,7 @@ def test_a_killed_actor_loses_nothing(repository: Path, official_checkpoint: Pat
     command = ["embed", "--data", str(tmp_path / "data.parquet"), "--keep", "year:int64", "--device", "cpu"]
     assert main([*command, "--model", str(official_checkpoint), "--output", str(tmp_path / "alone")]) == 0
     expected = pq.read_table(tmp_path / "alone" / "part-00000-00000.parquet")
-    found = pq.read_table(sorted(output.glob("*.parquet"))).sort_by("id")
+    found = pq.read_table(output).sort_by("id")
     assert found.schema.equals(expected.schema)
     for key in (b"model", b"revision", b"fingerprint"):
         assert found.schema.metadata[key] == expected.schema.metadata[key]
@@ -90,5 +90,5 @@ def test_a_killed_actor_loses_nothing(repository: Path, official_checkpoint: Pat
     assert found["year"].to_pylist() == expected["year"].to_pylist()
     vectors = np.stack(found["embedding"].to_pylist())
     np.testing.assert_allclose(vectors, np.stack(expected["embedding"].to_pylist()), atol=1e-5)
-    (listed,) = (output / "skipped").iterdir()
+    (listed,) = (output / "_skipped").iterdir()
     assert json.loads(listed.read_text())["id"] == "007"
