@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +353,31 @@ def _values(path: Path, column: str) -> Iterator[Any]:
         yield value_of(values, column)
 
 
+def embedding_schema(
+    encoder: Encoder,
+    fingerprint: str,
+    dim: int,
+    columns: Mapping[str, pa.DataType],
+    kept: Mapping[str, pa.DataType] | None = None,
+) -> pa.Schema:
+    """
+    Returns the schema of a file of embeddings. Its metadata have the keys `model`, `revision` and `fingerprint`.
+
+    Args:
+        encoder (`Encoder`): Dual encoder.
+        fingerprint (`str`): Result of `encoder.fingerprint`.
+        dim (`int`): Number P of dimensions.
+        columns (`Mapping[str, pyarrow.DataType]`): Columns before `embedding`.
+        kept (`Mapping[str, pyarrow.DataType]`, *optional*): Columns after `embedding`.
+
+    Returns:
+        `pyarrow.Schema`: The columns, `embedding` as float32 [P], and the metadata.
+    """
+    fields = {**columns, "embedding": pa.list_(pa.float32(), dim), **(kept or {})}
+    made_by = {"model": encoder.name, "revision": encoder.revision or "", "fingerprint": fingerprint}
+    return pa.schema(list(fields.items()), metadata=made_by)
+
+
 def _partial_folder(output: str | os.PathLike) -> Path:
     folder = Path(f"{os.fspath(output)}{PARTIAL}")
     set_aside_unless_folder(folder)
@@ -367,10 +392,7 @@ def _write_parquet(
     store: EmbeddingStore,
 ) -> None:
     """Writes the file under a temporary name, and renames it when it is complete."""
-    schema = pa.schema(
-        [(column, pa.string()), ("embedding", pa.list_(pa.float32(), store.dim))],
-        metadata={"model": encoder.name, "fingerprint": store.made_by},
-    )
+    schema = embedding_schema(encoder, store.made_by, store.dim, {column: pa.string()})
     with replacing(Path(output)) as file, pq.ParquetWriter(file, schema) as writer:
         for values, rows in batches:
             embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), store.dim)

@@ -1,10 +1,13 @@
-"""`lotlip embed`: writes embeddings of images or texts to a Parquet file."""
+"""`lotlip embed`: writes embeddings of images or texts to Parquet files."""
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..files import check_output
+from ..files import MAX_BYTES, check_output
 from ..options import Parser, make_parser, option, parse
 from .model import IMAGE_ROOT, ModelOptions, report_skipped
 
@@ -18,11 +21,20 @@ interrupted command keeps its embeddings in OUTPUT.partial; run it again to cont
   lotlip embed --model checkpoint --images photos --output images.parquet
   lotlip embed --model checkpoint --texts captions.txt --output texts.parquet
 
+`--data` reads what `lotlip train` reads, and writes a folder of shards, which several processes can share.
+
+  lotlip embed --model checkpoint --data 'shards/*.tar' --keep url year:int64 --output embeddings
+  torchrun --nproc-per-node 8 -m lotlip_hf embed --model checkpoint --data 'shards/*.tar' --output embeddings
+
 `--pooled` fills the cache that `lotlip train` reads with --lock-vision or --lock-text. The towers then compute nothing
 again.
 
   lotlip embed --pooled --model checkpoint --images photos
 """
+
+
+# Options that are arguments of `open_source`
+OF_SOURCE = "keep split image_column id_column image_folder image_root max_record_bytes".split()
 
 
 @dataclass(kw_only=True)
@@ -33,9 +45,31 @@ class EmbedOptions(ModelOptions):
     texts: str | None = option(
         "File of texts: .txt (one text per line), .jsonl, .json, .csv, .tsv or .parquet", None, metavar="FILE"
     )
+    data: str | None = option(
+        "Data set of images: a folder or file of records, shards such as 'shards/*.tar', or its Hub id", None
+    )
     column: str = option("Column of the texts, or a path inside one: `conversations[1].value`", "text")
     image_root: str | None = option(IMAGE_ROOT, None, metavar="FOLDER")
-    output: str | None = option("Parquet file to write", None, group="Output", metavar="FILE")
+    split: str | None = option(
+        "Split of --data; 'all' reads all (default: train on the Hub; required for a folder with several)", None
+    )
+    image_column: str | None = option("Column of the images of --data (default: image or file_name)", None)
+    id_column: str | None = option("Column of the ids of --data (default: id, or else the path)", None)
+    image_folder: str | None = option(
+        "Folder that image paths in --data start from (default: the folder of the file that contains them)",
+        None,
+        metavar="FOLDER",
+    )
+    max_record_bytes: int | None = option(
+        f"Maximum size of a table line or shard sample of --data, in bytes (default: {MAX_BYTES})", None, at_least=1
+    )
+    output: str | None = option(
+        "Parquet file to write, or with --data the folder", None, group="Output", metavar="FILE"
+    )
+    keep: list[str] | None = option(
+        "Columns of --data to copy for filters: NAME for texts, or NAME:TYPE such as year:int64", None
+    )
+    shard_size: int | None = option("Records of --data in a shard (default: 10000)", None, at_least=1)
     overwrite: bool = option("Replace an existing output", False)
     pooled: bool = option("Keep the pooled states of frozen towers in --cache, instead of writing a file", False)
     cache: str | None = option(
@@ -47,10 +81,16 @@ class EmbedOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.images is None and self.texts is None) or (self.images and self.texts and not self.pooled):
-            raise ValueError("Pass either --images or --texts.")
-        if self.image_root and not self.images:
-            raise ValueError("--image-root works with --images only. Leave it out.")
+        inputs = [one for one in (self.images, self.texts, self.data) if one]
+        if not inputs or (len(inputs) > 1 and (self.data or not self.pooled)):
+            raise ValueError("Pass one of --images, --texts and --data.")
+        if self.image_root and not (self.images or self.data):
+            raise ValueError("--image-root works with --images or --data only. Leave it out.")
+        for name in (*OF_SOURCE, "shard_size") if not self.data else ():
+            if getattr(self, name) is not None and name != "image_root":
+                raise ValueError(f"--{name.replace('_', '-')} works with --data only. Leave it out.")
+        if self.data and (self.overwrite or self.pooled):
+            raise ValueError("--overwrite and --pooled do not work with --data. Leave them out.")
         if self.pooled == (self.output is not None):
             raise ValueError("Pass either --output or --pooled.")
         if not self.pooled and (self.cache or self.cache_dtype):
@@ -67,6 +107,9 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> None:
     """Embeds images or texts and prints how many."""
     options = parse(EmbedOptions, argv, parser())
+    if options.data:
+        _embed_data(options, options.data, options.output or "")
+        return
     from ..embed import check_texts, embed_images, embed_texts
 
     if options.output is not None:
@@ -116,3 +159,40 @@ def _keep_states(options: EmbedOptions, encoder: "Encoder") -> None:
         states = FrozenStates(encoder, "text", options.cache, dtype)
         count = keep_text_states(states, options.texts, column=options.column, batch_size=options.batch_size or 64)
         print(f"States of {count} texts in {states.store.path}.")
+
+
+def _embed_data(options: EmbedOptions, data: str, output: str) -> None:
+    """Writes the shards of this process, and prints how many embeddings they contain."""
+    import torch
+    from accelerate import PartialState
+
+    from ..shards import SHARD_SIZE, SKIPPED, embed_source, open_source
+
+    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
+    try:
+        if state.num_processes > 1 and options.device is None:
+            options.device = str(state.device)
+        if os.path.isdir(data) and Path(output).resolve().is_relative_to(Path(data).resolve()):
+            raise ValueError(f"{output} is inside the data folder {data}. Choose another --output.")
+        given = {name: getattr(options, name) for name in OF_SOURCE if getattr(options, name) is not None}
+        source = open_source(data, **given)  # fails before the model is loaded
+        embedded, skipped = embed_source(
+            options.load(),
+            source,
+            output,
+            shard_size=options.shard_size or SHARD_SIZE,
+            batch_size=options.batch_size or 32,
+            rank=state.process_index,
+            world_size=state.num_processes,
+            progress=state.is_main_process,
+        )
+    except KeyboardInterrupt:
+        print(f"The finished shards are in {output}. Run the same command to continue.", file=sys.stderr)
+        raise
+    finally:
+        state.destroy_process_group()
+    process = f" by process {state.process_index + 1} of {state.num_processes}" if state.num_processes > 1 else ""
+    print(f"{embedded} embeddings in {output}{process}.")
+    if skipped:
+        what = "1 record was" if skipped == 1 else f"{skipped} records were"
+        print(f"{what} skipped{process}, listed in {os.path.join(output, SKIPPED.format('*'))}.", file=sys.stderr)

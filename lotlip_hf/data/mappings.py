@@ -57,6 +57,8 @@ class ColumnMapping:
             [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack them.
         teacher_image_embeds, teacher_text_embeds (`str`, *optional*): Columns of embeddings of the image and of the
             short caption, lists of numbers. A record without a list of finite numbers is broken.
+        keep (`tuple[str, ...]`, *optional*, defaults to `()`): Further columns. The records of a stream have their
+            values, unchanged, in the dictionary `kept`.
     """
 
     image: str | tuple[str, ...] = ("image", "file_name")
@@ -70,6 +72,7 @@ class ColumnMapping:
     group: str | None = None
     teacher_image_embeds: str | None = None
     teacher_text_embeds: str | None = None
+    keep: tuple[str, ...] = ()
 
     def with_columns(
         self, short: str | None = None, **columns: str | tuple[str | None, ...] | None
@@ -158,6 +161,9 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
     for field in VECTORS:
         if (column := getattr(mapping, field)) is not None and column_of(column, columns) is None:
             raise missing(field, (column,))
+    for column in mapping.keep:
+        if column_of(column, columns) is None:
+            raise missing("keep", (column,))
     if short is None and mapping.short is not None:
         logger.warning(
             "%s has no column %s. The first sentence of the first long caption is used as the short caption. To use a "

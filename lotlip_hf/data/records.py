@@ -28,7 +28,7 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers.utils import logging
 
 from ..files import MAX_BYTES, parse_json, printable, replacing
-from ..images import image_extensions, image_source
+from ..images import find_images, image_extensions, image_source
 from ..terminal import progress_bar
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, column_of, read_rows, value_of
@@ -44,6 +44,7 @@ __all__ = [
     "ColumnMapping",
     "SplitError",
     "find_files",
+    "image_records",
     "is_hub_name",
     "load_records",
     "read_table",
@@ -158,6 +159,28 @@ def load_records(
     return cast(IterableDataset, IterableDataset.from_generator(_stream, gen_kwargs=arguments))
 
 
+def image_records(
+    folder: str | os.PathLike, image_root: str | os.PathLike | None = None
+) -> list[dict[str, Any]] | None:
+    """
+    Lists the images of a folder that has no table as records without captions. Their ids are the paths in the folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder, with its subfolders.
+        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder
+            are not followed.
+
+    Returns:
+        `list[dict[str, Any]]` or `None`: The records, sorted by id. An image that may not be read has an `error`.
+        `None` if `folder` is not a folder, or has no images.
+    """
+    images, unreadable = find_images(folder, image_root) if os.path.isdir(folder) else ({}, {})
+    empty = {"short_caption": None, "long_captions": []}
+    records = [{"image": os.path.join(folder, name), "id": name, **empty} for name in images]
+    records += [{"image": None, "id": name, "error": reason, **empty} for name, reason in unreadable.items()]
+    return sorted(records, key=lambda record: record["id"]) or None
+
+
 @dataclass(frozen=True)
 class _Images:
     """The arguments `image_folder` and `image_root` of [`load_records`]."""
@@ -224,7 +247,8 @@ def read_table(
     images = _Images(image_folder, image_root)
     mapping = _resolve_of(files, mapping, images, max_record_bytes)
     state = [(os.path.abspath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
-    key = json.dumps([TABLE_VERSION, state, dataclasses.asdict(mapping), max_record_bytes])
+    columns = {field: column for field, column in dataclasses.asdict(mapping).items() if field != "keep"}
+    key = json.dumps([TABLE_VERSION, state, columns, max_record_bytes])
     folder = Path(datasets.config.HF_DATASETS_CACHE, "lotlip")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.blake2b(key.encode(errors='surrogateescape'), digest_size=16).hexdigest()}.arrow"
@@ -344,6 +368,8 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
         "id": record_id,
         "error": None,
     }
+    if mapping.keep:
+        record["kept"] = {column: value_of(row, column) for column in mapping.keep}
     for name, column in mapping.optional.items():
         value = value_of(row, column)
         if value is None or value == "":
@@ -521,6 +547,7 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
     texts = [*alternatives(mapping.long), *alternatives(mapping.short)]
     texts += [column for name, column in mapping.optional.items() if OPTIONAL[name] is TEXTS]
     columns = (*texts, *alternatives(mapping.image), *alternatives(mapping.id), *mapping.optional.values())
+    columns += mapping.keep
     for number, row in enumerate(read_rows(file, columns, texts, max_bytes), 1):
         record_id = f"{os.path.basename(file)}, row {number}"
         if isinstance(row, RowError):

@@ -26,9 +26,8 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.mappings import MissingColumn
-from ..data.records import load_records
+from ..data.records import image_records, load_records
 from ..files import PARTIAL, OutsideError, check_output, is_own_file, printable, replacing
-from ..images import find_images
 from ..plots import check_plot
 from ..terminal import progress_bar
 from .captioners.base import Captioner, CaptionerConfig
@@ -229,14 +228,9 @@ def _open_records(config: RelabelConfig) -> Records:
                 raise
             records = load(mapping=replace(mapping, long=()))  # the data may have raw captions alone
     except FileNotFoundError:
-        is_folder = os.path.isdir(config.data)
-        images, unreadable = find_images(config.data, root=config.image_root) if is_folder else ([], {})
-        if not images and not unreadable:
+        records = image_records(config.data, config.image_root)
+        if records is None:
             raise
-        empty = {"short_caption": None, "long_captions": []}
-        found = {name: {"image": os.path.join(config.data, name), "id": name, **empty} for name in images}
-        broken = {name: {"image": None, "id": name, "error": reason} | empty for name, reason in unreadable.items()}
-        records = [record for _, record in sorted({**found, **broken}.items())]
     except MissingColumn as error:
         raise MissingColumn(
             error.problem,

@@ -40,6 +40,7 @@ FLOORS = (
     ("store",),
     ("states", "dense"),
     ("search", "grid", "embed"),
+    ("shards",),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
     ("hub", "explain", "explain_page", "demo"),
     ("__init__",),
