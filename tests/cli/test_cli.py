@@ -31,6 +31,7 @@ from lotlip_hf.cli import main
 from lotlip_hf.cli.model import ModelOptions
 from lotlip_hf.cli.search import SearchOptions, title
 from lotlip_hf.embed import check_texts, embed_texts, read_texts
+from lotlip_hf.engines.torch import TorchEngine
 from lotlip_hf.store import FILE
 from processes import Started
 
@@ -558,13 +559,13 @@ def test_text_files_that_change_meanwhile_are_named(
 
 def slow_down() -> None:
     """Makes each batch take longer."""
-    fetch = Encoder._fetch
+    fetch = TorchEngine.fetch
 
     def slow_fetch(*arguments: Any) -> Any:
         time.sleep(0.1)
         return fetch(*arguments)
 
-    Encoder._fetch = slow_fetch
+    TorchEngine.fetch = slow_fetch
 
 
 def count_of(file: Path) -> int:
@@ -637,14 +638,14 @@ def test_an_interrupted_command_loses_nothing(
         assert status == -signal.SIGKILL
 
     encoded = 0
-    fetch = Encoder._fetch
+    fetch = TorchEngine.fetch
 
-    def counting_fetch(encoder: Encoder, embeddings: Any) -> Any:
+    def counting_fetch(engine: TorchEngine, batch: Any) -> Any:
         nonlocal encoded
-        encoded += len(embeddings)
-        return fetch(encoder, embeddings)
+        encoded += len(batch)
+        return fetch(engine, batch)
 
-    monkeypatch.setattr(Encoder, "_fetch", counting_fetch)
+    monkeypatch.setattr(TorchEngine, "fetch", counting_fetch)
     result = run(*arguments)
     assert result[0] == 0
     assert encoded == total - kept + 1  # a text, for the number of dimensions
