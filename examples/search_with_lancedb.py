@@ -28,7 +28,7 @@ from lotlip_hf.terminal import printable_output, progress_bar
 ENOUGH_ROWS = 20_000
 ROWS_PER_PARTITION = 4096
 DIMS_PER_BYTE = 4  # of the compressed vectors; 8 halves the index, and needs a larger `REFINE`
-PROBES = 16  # partitions that a query reads
+PROBES = 48  # partitions that a query reads
 REFINE = 20  # times `top` candidates are compared again, by their full vectors
 METADATA = (b"model", b"revision", b"fingerprint")  # of the schema of shards
 

@@ -125,7 +125,9 @@ def test_a_text_is_searched_by_the_model_of_the_table(
 
 def test_the_benchmark_measures_recall_against_all_vectors(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = load_script("benchmarks/lancedb_million.py")
-    result = benchmark.main(["--rows", "11000", "--dim", "8", "--queries", "5"])
+    result = benchmark.main(["--rows", "11000", "--dim", "8", "--queries", "5", "--probes", "2", "3"])
     assert json.loads(capsys.readouterr().out) == result
-    assert result["recall@10"] == 1  # no index yet: LanceDB's search and ours are both exact
-    assert result["query_ms_median"] > 0
+    assert [search["probes"] for search in result["searches"]] == [2, 3]
+    for search in result["searches"]:
+        assert search["recall@10"] == 1  # no index yet: LanceDB's search and ours are both exact
+        assert search["query_ms_median"] > 0
