@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from .files import FileError, one_line, read_regular
 
 STATE = "state/objective.pt"  # in a checkpoint of a run
-HEAD_WIDTH = 64  # of attention
+HEAD_WIDTH = 64  # of attention, in wide heads
+MIN_HEADS = 4  # with one head, a narrow pooler does not learn to locate texts
 NUM_WAVES = 6  # wavelengths of a coordinate: 2, 1, 1/2, ...
 MAX_ORDERS = 200_000
 
@@ -21,11 +22,12 @@ MAX_ORDERS = 200_000
 class RegionPooler(nn.Module):
     """
     The prompter of CLOC (https://arxiv.org/abs/2410.02746): a layer of attention reads the embedding of a region from
-    the patches of an image, given its box. With `locates`, it also reads the box of a region, given its text.
+    the patches of an image, given its box. With `locates`, a second layer reads the box of a region, given its text.
 
     Args:
         dim (`int`): Size of the embeddings of the model.
-        width (`int`, *optional*, defaults to 256): Width of the layer, below 64 or a multiple of 64.
+        width (`int`, *optional*, defaults to 256): Width of the layer, a multiple of its number of heads: 4, or
+            `width // 64` if that is more.
         locates (`bool`, *optional*, defaults to `False`): Whether [`~RegionPooler.locate`] can be called.
 
     Example:
@@ -49,6 +51,7 @@ class RegionPooler(nn.Module):
         self.reader = _Reader(width)
         self.embedding = nn.Linear(width, dim)
         self.text = nn.Linear(dim, width) if locates else None
+        self.locator = _Reader(width) if locates else None  # with the reader of boxes it would learn later
         self.corners = _box_head(width) if locates else None
 
     def forward(
@@ -80,9 +83,9 @@ class RegionPooler(nn.Module):
             patch_mask (`torch.Tensor`, *optional*): Mask [B, P], `False` for padding: `pixel_attention_mask` of
                 SigLIP 2 NaFlex.
         """
-        if self.text is None or self.corners is None:
+        if self.text is None or self.locator is None or self.corners is None:
             raise ValueError("This `RegionPooler` has no part that locates texts. Train it with a weight `grounding`.")
-        states = self.reader(self.text(text_embeds), self.norm(self.patches(patch_embeds)), patch_mask)
+        states = self.locator(self.text(text_embeds), self.norm(self.patches(patch_embeds)), patch_mask)
         return self.corners(states).sigmoid()
 
 
@@ -96,7 +99,8 @@ class RegionQueries(nn.Module):
         dim (`int`): Size of the embeddings of the model.
         queries (`int`, *optional*, defaults to 5): Number of boxes.
         layers (`int`, *optional*, defaults to 6): Number of layers of the decoder.
-        width (`int`, *optional*, defaults to 512): Width of the decoder, below 64 or a multiple of 64.
+        width (`int`, *optional*, defaults to 512): Width of the decoder, a multiple of its number of heads: 4, or
+            `width // 64` if that is more.
     """
 
     def __init__(self, dim: int, queries: int = 5, layers: int = 6, width: int = 512) -> None:
@@ -259,9 +263,10 @@ def _inverse(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _num_heads(width: int) -> int:
-    if width < 1 or (width > HEAD_WIDTH and width % HEAD_WIDTH):
-        raise ValueError(f"`width` must be below {HEAD_WIDTH} or a multiple of it, got {width}.")
-    return max(1, width // HEAD_WIDTH)
+    number = max(MIN_HEADS, width // HEAD_WIDTH)
+    if width < 1 or width % number:
+        raise ValueError(f"`width` must be a multiple of {number}, its number of heads, got {width}.")
+    return number
 
 
 def _box_head(width: int) -> nn.Sequential:

@@ -514,7 +514,7 @@ def test_a_term_with_weight_0_is_left_out(name: str) -> None:
         (["--terms", "masked_words", "--term-options", "masked_words.num_layers=0"], ["`num_layers`"]),
         (["--terms", "soft_labels", "--term-options", "soft_labels.share=1"], ["`share`"]),
         (["--terms", "region_text", "--term-options", "region_text.grounding=-1"], ["`grounding`"]),
-        (["--terms", "region_text", "--term-options", "region_text.width=100"], ["region_text", "`width`"]),
+        (["--terms", "region_text", "--term-options", "region_text.width=102"], ["region_text", "`width`"]),
         (["--terms", "regions", "--term-options", "regions.queries=0"], ["`queries`"]),
         (["--terms", "regions", "--term-options", "regions.giou=-1"], ["`giou`"]),
         (["--loss", "infonce"], ["--loss", "--terms sigmoid", "infonce"]),

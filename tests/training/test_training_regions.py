@@ -85,18 +85,38 @@ def test_one_process_and_two_train_with_regions(flags: str, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_boxes_of_new_scenes_are_found(tmp_path: Path) -> None:
     """From random weights, in 150 steps."""
-    words = "train --model scenes --data scenes --num-scenes 1000 --num-long-texts 0 --batch-size 64 --max-steps 150"
-    words += " --learning-rate 2e-3 --num-workers 0 --trackers none --num-regions 5 --terms regions"
-    words += " --term-options regions.width=64 regions.layers=2 regions.description=0"
-    assert cli.main([*words.split(), "--output", str(tmp_path)]) == 0
-    checkpoint = list_checkpoints(tmp_path)[-1]
-    model, processor = LoTLIPModel.from_pretrained(checkpoint), LoTLIPProcessor.from_pretrained(checkpoint)
-    batch = LoTLIPCollator(processor, num_regions=5)([*scenes_dataset(1200)][1000:])
-    with torch.no_grad():
-        patches = embed(model.eval(), batch, {"patch_embeds"})["patch_embeds"]
-        boxes, _ = load_queries(checkpoint)(patches)
+    flags = "--model scenes --max-steps 150 --terms regions"
+    flags += " --term-options regions.width=64 regions.layers=2 regions.description=0"
+    checkpoint, batch, seen = trained(tmp_path, flags, {"patch_embeds"})
+    boxes, _ = load_queries(checkpoint)(seen["patch_embeds"])
     mask = batch["box_mask"]
     ious = overlaps(to_corners(boxes).unsqueeze(2), batch["boxes"].unsqueeze(1))[0]  # [B, Q, R]
     chosen = match(-ious.masked_fill(~mask.unsqueeze(1), 0.0))
     found = ious.gather(1, chosen.unsqueeze(1)).squeeze(1)[mask].mean().item()
     assert found > 0.5
+
+
+@pytest.mark.slow
+def test_regions_of_new_scenes_find_their_texts(trained_on_scenes: Path, tmp_path: Path) -> None:
+    """Among about 800 regions, from trained weights, in 200 steps."""
+    flags = f"--model {trained_on_scenes} --max-steps 200 --warmup-steps 20 --terms infonce region_text regions"
+    flags += " --term-options region_text.width=64 regions.width=64 regions.layers=2"
+    checkpoint, batch, seen = trained(tmp_path, flags, {"patch_embeds", "region_embeds"})
+    mask, keys = batch["box_mask"], batch["region_keys"]
+    regions = load_pooler(checkpoint)(seen["patch_embeds"], batch["boxes"])[mask]
+    found = (regions @ seen["region_embeds"][mask].T).argmax(1)
+    recall = (keys[mask][found] == keys[mask]).float().mean().item()
+    chance = (keys[mask][:, None] == keys[mask]).float().mean().item()
+    assert recall > 0.03 > 10 * chance
+
+
+def trained(output: Path, flags: str, names: set[str]) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    """The checkpoint of a run, 200 new scenes, and embeddings of them by its model."""
+    words = f"train {flags} --data scenes --num-scenes 1000 --num-long-texts 0 --batch-size 64"
+    words += f" --learning-rate 2e-3 --num-workers 0 --trackers none --num-regions 5 --output {output}"
+    assert cli.main(words.split()) == 0
+    checkpoint = list_checkpoints(output)[-1]
+    model, processor = LoTLIPModel.from_pretrained(checkpoint), LoTLIPProcessor.from_pretrained(checkpoint)
+    batch = LoTLIPCollator(processor, num_regions=5)([*scenes_dataset(1200)][1000:])
+    with torch.no_grad():
+        return checkpoint, batch, embed(model.eval(), batch, names)
