@@ -227,6 +227,16 @@ def test_shards_of_another_run_are_refused(
         embed(encoder, data, output, shard_size=2)
 
 
+def test_new_files_are_added(encoder: Encoder, tmp_path: Path) -> None:
+    data, output = write_tars(tmp_path / "data", [3, 2]), tmp_path / "out"
+    assert embed(encoder, data, output) == (5, 0)
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    shards.write_shard(data / "2.tar", [(picture(5), {"id": "id-5"})])
+    assert embed(encoder, data, output) == (6, 0)
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()}.items() > before.items()
+    assert [name for name, _ in rows(output)] == [f"id-{number}" for number in range(6)]
+
+
 def test_a_damaged_shard_of_the_data_is_listed(encoder: Encoder, tmp_path: Path) -> None:
     data, output = write_tars(tmp_path / "data", [3, 2]), tmp_path / "out"
     content = (data / "0.tar").read_bytes()
