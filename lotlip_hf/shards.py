@@ -344,13 +344,13 @@ def _embed(
 
     good: list[int] = []
     embeddings: list[np.ndarray] = []
-    for number, result in encoder.iterate_images(sources(), batch_size=batch_size):
+    for number, result in encoder.image_rows(sources(), batch_size=batch_size):
         if isinstance(result, ImageError):
             skip(*read[number][:2], result.reason)
             continue
         bar.update()
         good.append(number)
-        embeddings.append(result.numpy())
+        embeddings.append(result)
     dim = schema.field("embedding").type.list_size
     vectors = np.concatenate(embeddings) if embeddings else np.zeros(0, np.float32)
     columns = [pa.array([read[number][1] for number in good], pa.string())]

@@ -1,5 +1,7 @@
 """Encoding: normalised, in order, independent of batches and of the caller's state; wrong checkpoints are refused."""
 
+import copy
+import hashlib
 import json
 import logging
 import os
@@ -195,14 +197,14 @@ def test_results_are_fetched_when_the_next_batch_is_under_way(pair: Pair, device
     events: list[str] = []
 
     class Failing(TorchEngine):
-        def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def embed(self, *_: Any) -> torch.Tensor:
             number = sum(event.startswith("embed") for event in events)
             events.append(f"embed {number}")
             if number == 2:
                 raise RuntimeError("out of memory")
             return torch.eye(4)[number : number + 1]
 
-    Failing.device = torch.device(device)
+    Failing.device = device  # pyright: ignore[reportAttributeAccessIssue]
     rows = []
     with pytest.raises(RuntimeError, match="out of memory"):
         for number, (_, embedding, _) in enumerate(
@@ -404,7 +406,7 @@ def test_images_are_read_a_few_batches_ahead(
     encoder = Encoder(model, processor)
     load_pixels, get_image_features = encoder.engine.pixels, model.get_image_features
 
-    def counting_load(*arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
+    def counting_load(*arguments: Any, **keywords: Any) -> dict[str, np.ndarray]:
         nonlocal waiting, most
         with lock:
             waiting += 1
@@ -493,6 +495,22 @@ def test_embeddings_kept_of_another_way_of_reading_are_not_used(pair: Pair, monk
     monkeypatch.setitem(FORMAT_VERSIONS, "image", FORMAT_VERSIONS["image"] - 1)
     assert Encoder(*pair).fingerprint("image") != before["image"]
     assert Encoder(*pair).fingerprint("text") == before["text"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_is_that_of_the_tensors(pair: Pair, dtype: torch.dtype) -> None:
+    """As when engines gave tensors: indexes that are on disk stay valid."""
+    model, processor = copy.deepcopy(pair[0]).to(dtype), pair[1]
+    encoder = Encoder(model, processor)
+    prefixes = ("vision_model.", "visual_projection.")
+    for modality in ("image", "text"):
+        settings = {"version": FORMAT_VERSIONS[modality], "modality": modality, **encoder.engine.settings(modality)}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+        for name, weight in sorted(model.state_dict().items()):
+            if name != "logit_scale" and name.startswith(prefixes) == (modality == "image"):
+                digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+                digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+        assert encoder.fingerprint(modality) == digest.hexdigest()
 
 
 def test_exif_orientation_is_applied(pair: Pair, tmp_path: Path) -> None:
