@@ -49,12 +49,12 @@ class Embed:
         good: list[int] = []
         rows: list[np.ndarray] = []
         broken: list[dict[str, str]] = []
-        for index, result in self.encoder.iterate_images(image or b"" for image in images):
+        for index, result in self.encoder.image_rows(image or b"" for image in images):
             if isinstance(result, ImageError):
                 broken.append({"id": ids[index], "reason": result.reason})
             else:
                 good.append(index)
-                rows.append(result.numpy())
+                rows.append(result)
         if broken:
             # A batch that Ray repeats writes the same file again.
             name = hashlib.blake2b("\n".join(ids).encode(), digest_size=16).hexdigest()

@@ -14,6 +14,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -62,12 +63,12 @@ class Source(NamedTuple):
 
     Args:
         parts (`list[Part]`): Parts, in order.
-        length (`int` or `None`): Number of records, if it is known without reading them.
+        length (`Callable`): Function that counts the records, or returns `None` if it would have to read them.
         kept (`dict[str, pyarrow.DataType]`): Types of the columns that are copied to the shards.
     """
 
     parts: list[Part]
-    length: int | None
+    length: Callable[[], int | None]
     kept: dict[str, pa.DataType]
 
 
@@ -102,7 +103,8 @@ def open_source(
         image_column (`str`, *optional*): Column of the images. Defaults to `image` or `file_name`.
         id_column (`str`, *optional*): Column of the ids. Defaults to `id`, or else the path of the image, the name of
             the sample, or a digest.
-        image_folder, image_root, max_record_bytes (*optional*): As in `load_records`.
+        image_folder, image_root (`str` or `os.PathLike`, *optional*): As in `load_records`.
+        max_record_bytes (`int`, *optional*, defaults to `MAX_BYTES`): As in `load_records`.
 
     Returns:
         [`Source`]: The data set.
@@ -135,18 +137,17 @@ def open_source(
             raise ValueError(f"--keep: the folder {printable(data)} has images alone, no table of columns.") from None
         names = json.dumps([record["id"] for record in listed]).encode()
         digest = hashlib.blake2b(names, digest_size=16).hexdigest()
-        return Source([Part({"images": digest}, lambda: listed)], len(listed), kept)
+        return Source([Part({"images": digest}, lambda: listed)], lambda: len(listed), kept)
     records = cast(IterableDataset, records)
     count = records.num_shards
     if is_hub_name(data):
         sources = [{"data": data, "split": split, "file": f"{part + 1} of {count}"} for part in range(count)]
-        splits = records.info.splits or {}
-        length = getattr(splits.get(str(records.split)), "num_examples", None)
+        stated = (records.info.splits or {}).get(str(records.split))
+        length = partial(getattr, stated, "num_examples", None)
     else:
         files = find_files(data, split)
         sources = [{"file": os.path.basename(file), "bytes": os.path.getsize(file)} for file in files]
-        lengths = list(map(_length_of, files))
-        length = None if None in lengths else sum(filter(None, lengths))
+        length = partial(_length_of, files)
 
     def reader(part: int) -> Callable[[], Iterable[Mapping[str, Any]]]:
         return lambda: records.shard(count, part)
@@ -182,8 +183,8 @@ def embed_source(
         shard_size (`int`, *optional*, defaults to 10000): Number of records in a shard, skipped ones included. The
             last shard of a part has fewer.
         batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
-        rank, world_size (`int`, *optional*): Index of this process, and number of processes. Each process writes its
-            own shards.
+        rank (`int`, *optional*, defaults to 0): Index of this process, which writes its own shards.
+        world_size (`int`, *optional*, defaults to 1): Number of processes.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar of this process.
 
     Returns:
@@ -224,14 +225,13 @@ def embed_source(
     handled = sum(shard.records for key, shard in shards.items() if is_own(*key))
     skipped = handled - embedded
 
-    def end_of(part: int) -> int | None:
-        return next((chunk + 1 for (one, chunk), shard in shards.items() if one == part and shard.is_last), None)
-
-    total = None if source.length is None else -(-source.length // world_size)
+    ends = {part: chunk + 1 for (part, chunk), shard in shards.items() if shard.is_last}
+    length = source.length() if progress else None
+    total = None if length is None else -(-length // world_size)
     settings = {"total": total, "initial": handled, "desc": "Embedding images"}
     with progress_bar(unit="image", shown=progress, **settings) as bar:
         for part in own_parts:
-            end = end_of(part)
+            end = ends.get(part)
             missing = [chunk for chunk in range(end or 0) if is_own(part, chunk) and (part, chunk) not in shards]
             if end is not None and not missing:
                 continue
@@ -286,18 +286,22 @@ def _kept_types(keep: Sequence[str]) -> dict[str, pa.DataType]:
     return kept
 
 
-def _length_of(file: str) -> int | None:
-    """Number of records of a file, if it is cheap to find."""
-    kind = os.path.splitext(file)[1].lower()
-    with open_regular(file) as opened:
-        if kind == ".parquet":
-            try:
-                return pq.read_metadata(opened).num_rows
-            except pa.ArrowException:  # a record of the stream has the reason
+def _length_of(files: Sequence[str]) -> int | None:
+    """Number of records in files, if it is cheap to find."""
+    length = 0
+    for file in files:
+        kind = os.path.splitext(file)[1].lower()
+        with open_regular(file) as opened:
+            if kind == ".parquet":
+                try:
+                    length += pq.read_metadata(opened).num_rows
+                except pa.ArrowException:  # a record of the stream has the reason
+                    return None
+            elif kind in (".jsonl", ".jsonlines"):
+                length += sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
+            else:
                 return None
-        if kind in (".jsonl", ".jsonlines"):
-            return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
-    return None
+    return length
 
 
 def _embed(
@@ -340,13 +344,13 @@ def _embed(
 
     good: list[int] = []
     embeddings: list[np.ndarray] = []
-    for number, result in encoder.iterate_images(sources(), batch_size=batch_size):
+    for number, result in encoder.image_rows(sources(), batch_size=batch_size):
         if isinstance(result, ImageError):
             skip(*read[number][:2], result.reason)
             continue
         bar.update()
         good.append(number)
-        embeddings.append(result.numpy())
+        embeddings.append(result)
     dim = schema.field("embedding").type.list_size
     vectors = np.concatenate(embeddings) if embeddings else np.zeros(0, np.float32)
     columns = [pa.array([read[number][1] for number in good], pa.string())]

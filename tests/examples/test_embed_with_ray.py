@@ -1,5 +1,6 @@
 """`examples/embed_with_ray.py`, run as it is on a real local Ray with two processes, one of which is killed."""
 
+import contextlib
 import io
 import json
 import os
@@ -75,7 +76,11 @@ def test_a_killed_actor_loses_nothing(repository: Path, official_checkpoint: Pat
         actor.send_signal(signal.SIGKILL)
         text, _ = process.communicate(timeout=TIME_LIMIT)
     finally:
+        left = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
         process.kill()
+        for child in left:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
     assert process.returncode == 0, text
     assert "1 images were skipped" in text
 
