@@ -129,7 +129,7 @@ def convert(
 
     Raises:
         `ConversionError`: If a package or part of the checkpoint is missing; if the exporter fails; if OpenVINO's
-            features differ from PyTorch's by more than 1e-4 of a feature's norm; if there are fewer than 3 captions
+            features differ from PyTorch's by more than 1e-4 of a feature's norm; if there are fewer than 2 captions
             or pictures; or if the cosine between a quantised feature and PyTorch's is below 0.98.
     """
     needed = ("openvino",) if quantize is None else ("openvino", "nncf")
@@ -200,9 +200,9 @@ def _write_tower(
             )
         if samples is None:
             return difference, None
-        kept = samples[2::3]
+        kept = samples[1::3]
         report(f"  calibrating int8 by {len(samples) - len(kept)} samples ...")
-        _quantize(full, folder, tower, [one for index, one in enumerate(samples) if index % 3 != 2])
+        _quantize(full, folder, tower, [one for index, one in enumerate(samples) if index % 3 != 1])
         with torch.inference_mode():
             in_torch = torch.cat([module(*sample) for sample in kept])
         in_int8 = torch.cat(features_of(partial(open_tower, is_kept=False), folder, tower, kept))
@@ -314,8 +314,8 @@ def _scenes() -> Any:
 
 
 def _check_number(samples: Sequence[Any], option: str, source: str | Path | None) -> None:
-    if len(samples) < 3:
-        raise ConversionError(f"{option} {source} has {len(samples)} samples. Calibration needs at least 3.")
+    if len(samples) < 2:
+        raise ConversionError(f"{option} {source} has {len(samples)} samples. Calibration needs at least 2: one is held out.")
 
 
 def _recall(texts: torch.Tensor, images: torch.Tensor) -> float:
