@@ -281,6 +281,7 @@ def pictures(tmp_path: Path) -> Path:
 
 COMMANDS = {
     "search": "search --model {evil} --images {pictures} text",
+    "demo": "demo --model {evil} --images {pictures}",
     "embed": "embed --model {evil} --images {pictures} --output {out}",
     "evaluate": "evaluate --model {evil} --task scenes --num-images 2",
     "push": "push {evil} --repo-id ada/evil --dry-run {out}",
