@@ -120,7 +120,7 @@ def test_captions_and_pictures_of_the_user_calibrate(
     for index in range(4):
         Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / "photos" / f"{index}.png")
     (tmp_path / "photos" / "broken.png").write_bytes(b"none")
-    (tmp_path / "texts.txt").write_text("A cat.\nA dog on a lawn. It barks.\nA house.\n")
+    (tmp_path / "texts.txt").write_text("A cat.\nA house.\nA dog on a lawn. It barks.\n")
     samples = []
     monkeypatch.setattr(openvino_conversion, "_quantize", lambda *given: samples.append(given[-1]) or 1 / 0)
     for tower in ("text", "vision"):
