@@ -14,13 +14,14 @@ not normalised, as in an export to ONNX. Configuration, tokenizer and image proc
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -234,7 +235,7 @@ def _export(module: Tower, tower: str, batch: Sequence[torch.Tensor], file: Path
         example = (torch.zeros(2, *batch[0].shape[1:]),)
         sizes = {0: dynamic}
     try:
-        with without_messages(), without_telemetry(), torch.no_grad():
+        with without_messages(), without_telemetry(), _finite_masks(), torch.no_grad():
             program = torch.export.export(module, example, dynamic_shapes=((sizes,) * len(example),), strict=False)
             graph = openvino.convert_model(program)
             for node, name in zip(graph.inputs, INPUTS[tower], strict=True):
@@ -249,6 +250,22 @@ def _export(module: Tower, tower: str, batch: Sequence[torch.Tensor], file: Path
         raise
     except Exception as error:  # PyTorch's exporter and OpenVINO raise many classes
         raise ConversionError(f"{file.name}: the export to OpenVINO failed ({one_line(error)}).") from error
+
+
+@contextlib.contextmanager
+def _finite_masks() -> Iterator[None]:
+    """Context in which masks of attention are finite. In OpenVINO, a row that is masked as a whole, such as padding
+    outside of all windows, gives NaN otherwise, and 0 times NaN in a pooling."""
+    function = nn.functional.scaled_dot_product_attention
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *arguments: Any, **options: Any) -> Any:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min / 2
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, lowest)
+        return function(query, key, value, attn_mask, *arguments, **options)
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", attention):
+        yield
 
 
 def _quantize(full: Path, folder: Path, tower: str, samples: Sequence[tuple[torch.Tensor, ...]]) -> None:
@@ -315,7 +332,9 @@ def _scenes() -> Any:
 
 def _check_number(samples: Sequence[Any], option: str, source: str | Path | None) -> None:
     if len(samples) < 2:
-        raise ConversionError(f"{option} {source} has {len(samples)} samples. Calibration needs at least 2: one is held out.")
+        raise ConversionError(
+            f"{option} {source} has {len(samples)} samples. Calibration needs at least 2: one is held out."
+        )
 
 
 def _recall(texts: torch.Tensor, images: torch.Tensor) -> float:

@@ -100,7 +100,8 @@ def test_a_cache_that_cannot_be_written(exported: Path, tmp_path: Path) -> None:
 
 def test_the_prompt_needs_no_pytorch(exported: Path, golden: Path, cache: Path) -> None:
     code = (
-        "import sys; from lotlip_hf.cli import main; status = main(sys.argv[1:]); "
+        "import os, sys; sys.argv[0] = os.path.join(os.path.dirname(sys.executable), 'lotlip'); "
+        "from lotlip_hf.cli import main; status = main(sys.argv[1:]); "
         "print(*{'torch', 'transformers'} & set(sys.modules), status)"
     )
     command = [sys.executable, "-c", code, "search", "--model", str(exported), "--images", str(golden / "images")]
