@@ -76,7 +76,7 @@ def test_families_of_image_encoders(tmp_path: Path, name: str, pooling: str, lay
     model.eval().save_pretrained(tmp_path / "tower")
     assert convert(tmp_path / "tower", tmp_path / "openvino").towers[0].difference < 1e-5
     run = open_tower(tmp_path / "openvino", "vision")
-    for size in ((32, 32), (48, 24)):
+    for size in [(32, 32), (48, 24)] if model.config.family.any_size_in_onnx else [(32, 32)]:
         images = torch.randn(3, 3, *size)
         with torch.no_grad():
             expected = model(images).image_embeds
@@ -104,7 +104,9 @@ def test_int8_ranks_scenes_as_float32(
     embeddings = []
     for encoder in (load_encoder(trained_on_scenes, device="cpu"), load_encoder(tmp_path / "int8")):
         both = encoder.encode_texts(texts, progress=False), encoder.encode_images(scenes["image"], progress=False)
-        recalls.append(((both[0] @ both[1].T).argmax(1) == torch.arange(500)).float().mean().item())
+        cosines = both[0] @ both[1].T
+        found = [one.argmax(1) == torch.arange(500) for one in (cosines, cosines.T)]
+        recalls.append(torch.cat(found).float().mean().item())
         embeddings.append(torch.cat(both))
     cosines = (embeddings[0] * embeddings[1]).sum(1)
     assert 0.98 <= cosines.min() < 1 - 1e-5  # it is quantised
