@@ -406,7 +406,7 @@ def test_images_are_read_a_few_batches_ahead(
     encoder = Encoder(model, processor)
     load_pixels, get_image_features = encoder.engine.pixels, model.get_image_features
 
-    def counting_load(*arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
+    def counting_load(*arguments: Any, **keywords: Any) -> dict[str, np.ndarray]:
         nonlocal waiting, most
         with lock:
             waiting += 1
