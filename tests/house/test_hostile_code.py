@@ -289,6 +289,7 @@ COMMANDS = {
     "train, text": "train --text-model {evil} --image-model {good} --data scenes --output {out}",
     "train, image": "train --text-model {bert} --image-model {evil} --data scenes --output {out}",
     "convert onnx": "convert onnx --model {evil} --output {out}",
+    "convert openvino": "convert openvino --model {evil} --output {out}",
     "relabel": "relabel --captioner {evil} --tokenizer {good} --data {pictures} --short-column none --output {out}",
     "relabel, tokenizer": "relabel --captioner {good} --tokenizer {evil} --data {pictures} --short-column none "
     "--output {out}",
