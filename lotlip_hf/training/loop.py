@@ -217,6 +217,7 @@ class _Run:
             return_ids=True,
             patch_dropout=config.patch_dropout,
             patch_size=getattr(model.config.vision_config, "patch_size", None),
+            augment=config.augmentation(),
             frozen=self.frozen,
             return_texts=self.teacher is not None and self.teacher.reads_texts,
             read_for_teacher=None if self.teacher is None else self.teacher.read,
