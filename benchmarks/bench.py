@@ -41,12 +41,11 @@ from transformers.utils import logging as transformers_logging
 
 import peak
 import peers
-from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTextModel
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTextModel, load_encoder
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
-from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.engines.texts import encode_unpadded
 from lotlip_hf.images import load_image, official_image_processor
 from lotlip_hf.loading import load_model
@@ -168,7 +167,7 @@ class Bench:
         """Returns the median time of each call in seconds."""
         return in_turns(calls, self.repeats, description)
 
-    def encode(self, model: PreTrainedModel | LoTLIPOnnxModel, texts: Sequence[str]) -> torch.Tensor:
+    def encode(self, model: PreTrainedModel, texts: Sequence[str]) -> torch.Tensor:
         """Encodes texts with this package: embeddings [N, P]."""
         return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
@@ -197,11 +196,11 @@ def encode(bench: Bench) -> list[Row]:
     kinds = {"long texts": long, "first sentences": [split_sentences(text)[0] + "." for text in long]}
     bf16, _ = load_model(bench.checkpoint, dtype="bfloat16")
     export_onnx(bench.checkpoint, bench.folder / "int8", quantize="int8", towers=["text"])
-    int8 = LoTLIPOnnxModel.from_pretrained(bench.folder / "int8")
+    int8 = load_encoder(bench.folder / "int8")
     encoders: dict[str, Callable[[Sequence[str]], Any]] = {
         "lotlip-hf": partial(bench.encode, bench.model),
         "lotlip-hf, bfloat16": partial(bench.encode, bf16),
-        "lotlip-hf, int8 ONNX": partial(bench.encode, int8),
+        "lotlip-hf, int8 ONNX": partial(int8.encode_texts, progress=False),
         OFFICIAL: peers.OfficialRecipe(bench.model).encode,
         f"{OFFICIAL}, sdpa": peers.OfficialRecipe(bench.model, "sdpa").encode,
         "VisionTextDualEncoderModel": peers.vision_text_dual_encoder(bench.model).encode,

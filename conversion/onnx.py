@@ -9,12 +9,12 @@ The folder contains `text_model.onnx` (`input_ids` and `attention_mask`, [batch,
 [batch, projection_dim]). The features are those of `get_text_features` and `get_image_features`: projected, but not
 normalised. `encode_texts` and `encode_images` normalise them. Corner tokens do not change features at inference and
 are left out. The folder also contains configuration, tokenizer and image processor for
-`lotlip_hf.engines.onnx.LoTLIPOnnxModel` and `AutoProcessor`.
+`lotlip_hf.load_encoder` and `AutoProcessor`.
 
 Readers of `tokenizer.json` (fastembed, Transformers.js, text-embeddings-inference) split sentences, collapse white
 space and straighten quotation marks as LoTLIP does. These readers do not repair broken encodings (ftfy) and HTML
 entities, and encode a text that is only "[SEP]" as the special token. Repair texts beforehand with
-`lotlip_hf.modeling.tokenization_lotlip.clean`.
+`lotlip_hf.modeling.cleaning_lotlip.clean`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
+from lotlip_hf.engines.onnx import FILES, missing_packages, open_tower
 from lotlip_hf.files import all_or_nothing, one_line
 from lotlip_hf.images import load_pixels
 from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
@@ -47,6 +47,8 @@ TOLERANCE = 1e-4
 LEAST_COSINE = 0.98
 # First version with attention as one operator, which ONNX Runtime computes without storing the attention weights.
 OPSET = 23
+# Key of the metadata of both files: the logarithm of the factor on the cosine similarities.
+LOGIT_SCALE = "logit_scale"
 INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
 OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 
@@ -230,7 +232,7 @@ def _write_tower(
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = file if quantize is None else Path(temporary) / file.name
         _export(module, tower, batches[0], opset, full)
-        difference = _largest_difference(_run(full, lotlip, tower, batches), expected)
+        difference = _largest_difference(_run(full, tower, batches), expected)
         report(f"  features differ from PyTorch's by at most {difference:.1e} of their norm")
         if not difference <= TOLERANCE:
             raise ConversionError(
@@ -240,7 +242,7 @@ def _write_tower(
         cosine = None
         if quantize is not None:
             _quantize(full, file)
-            features = torch.cat(_run(file, lotlip, tower, batches))
+            features = torch.cat(_run(file, tower, batches))
             cosine = nn.functional.cosine_similarity(features, torch.cat(expected)).min().item()
             report(f"  int8: cosines to PyTorch's features of at least {cosine:.4f}")
             if not cosine >= LEAST_COSINE:
@@ -335,16 +337,11 @@ def _quiet() -> Iterator[None]:
         logging.root.removeHandler(handler)
 
 
-def _run(
-    file: Path, lotlip: PreTrainedModel, tower: str, batches: Sequence[tuple[torch.Tensor, ...]]
-) -> list[torch.Tensor]:
+def _run(file: Path, tower: str, batches: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
     """Features of each batch from ONNX Runtime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    model = LoTLIPOnnxModel(lotlip.config, {tower: session}, file.parent)
-    function: Any = model.get_text_features if tower == "text" else model.get_image_features
-    return [function(*batch).pooler_output for batch in batches]
+    run = open_tower(file.parent, tower)
+    named = (dict(zip(INPUTS[tower], (one.numpy() for one in batch), strict=True)) for batch in batches)
+    return [torch.from_numpy(run(inputs)) for inputs in named]
 
 
 def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

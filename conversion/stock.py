@@ -14,7 +14,7 @@ A `VisionTextDualEncoderModel` reads `pooler_output`, so it needs poolings that 
 text tower with another pooling or with a projection (`--text-only` for that of a whole model) becomes a folder for
 `SentenceTransformer`, with pooling, projection and normalisation as modules of sentence-transformers.
 
-A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.tokenization_lotlip.clean`. If
+A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.cleaning_lotlip.clean`. If
 the LoTLIP tokenizer cleans texts, a stock tokenizer is saved only with `--without-text-cleaning`. A stock tokenizer
 encodes a text that is only a special token, such as "[SEP]", as that token. It adds `prompt_template` to all texts
 except empty ones. A template that continues after the text has no stock tokenizer.

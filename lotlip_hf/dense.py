@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,7 +82,7 @@ def iterate_patches(
         ]
         for _, group in itertools.groupby(inputs, key=lambda one: one["pixel_values"].shape):
             one_size = list(group)
-            batch = {name: torch.cat([one[name] for one in one_size]) for name in one_size[0]}
+            batch = {name: np.concatenate([one[name] for one in one_size]) for name in one_size[0]}
             with evaluating(model), torch.no_grad(), _calibrated_if(calibrated, model):
                 patches = model(**engine.on_device(batch), output_patch_embeds=True).patch_embeds.float().cpu()
             for one, embeds in zip(one_size, patches, strict=True):
@@ -291,11 +292,11 @@ def _calibrated_if(is_calibrated: bool, model: LoTLIPModel) -> Any:
     return calibrated(model) if is_calibrated else contextlib.nullcontext()
 
 
-def _pixels(engine: TorchEngine, image: ImageSource, index: int) -> dict[str, Tensor]:
+def _pixels(engine: TorchEngine, image: ImageSource, index: int) -> dict[str, np.ndarray]:
     return engine.pixels(image, None if isinstance(image, str) or hasattr(image, "__fspath__") else f"images[{index}]")
 
 
-def _grid(inputs: dict[str, Tensor], num_patches: int) -> tuple[int, int]:
+def _grid(inputs: dict[str, np.ndarray], num_patches: int) -> tuple[int, int]:
     """Rows and columns of the patches of one image."""
     if "spatial_shapes" in inputs:  # NaFlex, whose patches are padded
         height, width = inputs["spatial_shapes"][0].tolist()

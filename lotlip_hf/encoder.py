@@ -7,22 +7,25 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
 from PIL import Image
-from transformers import PreTrainedModel
 
-from .engines.onnx import LoTLIPOnnxModel, OnnxEngine, is_onnx, load_onnx
-from .engines.open_clip import OPEN_CLIP, load_open_clip
-from .engines.torch import Modality, TorchEngine
+from .engines import Modality
+from .engines.exported import is_exported, load_exported
 from .files import MAX_CHARACTERS
-from .images import Background, ImageError, ImageSource
-from .loading import load_model, skip_padding
-from .modeling.modeling_lotlip import LoTLIPModel
+from .images import Background, ImageError, ImageSource, is_image_source
 from .terminal import progress_bar
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .engines.torch import TorchEngine
+    from .modeling.modeling_lotlip import LoTLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +42,16 @@ SIMILAR_LENGTH = 0.9
 MIN_LENGTH = 3
 # Versions in all fingerprints. Increase the version if a change of the code changes embeddings.
 FORMAT_VERSIONS: dict[Modality, int] = {"image": 3, "text": 1}
+# Prefix of the names that open_clip loads, as in `engines.open_clip`, which imports PyTorch
+OPEN_CLIP = "open_clip:"
 NOT_POOLED = ("_projection.", "corner_embeds")  # weights that do not change the pooled states of a tower
 
 
 class Engine(Protocol):
-    """Methods and attributes that an [`Encoder`] needs. [`~lotlip_hf.engines.torch.TorchEngine`] describes them."""
+    """
+    Methods and attributes that an [`Encoder`] needs. Inputs and results are NumPy arrays, so that an engine may work
+    without PyTorch. [`~lotlip_hf.engines.torch.TorchEngine`] describes them.
+    """
 
     name: str
     revision: str | None
@@ -53,26 +61,28 @@ class Engine(Protocol):
     background: Background  # behind transparent images
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> str: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> str: ...
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]: ...
 
-    def pad(self, encoded: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]: ...
+    def pad(self, encoded: dict[str, list[list[int]]]) -> dict[str, np.ndarray]: ...
 
     def open(self, image: ImageSource, name: str) -> Image.Image: ...
 
-    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]: ...
+    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, np.ndarray]: ...
 
-    def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def embed(self, modality: Modality, inputs: Mapping[str, np.ndarray], pooled: bool = False) -> Any: ...
 
-    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def fetch(self, batch: Any) -> np.ndarray: ...
+
+    def features(self, modality: Modality, inputs: Mapping[str, np.ndarray]) -> np.ndarray: ...
 
     def settings(self, modality: Modality) -> dict[str, Any]: ...
 
-    def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def weights(self, modality: Modality) -> Iterator[tuple[str, Any]]: ...
 
 
 class Encoder:
@@ -97,9 +107,10 @@ class Encoder:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel | LoTLIPOnnxModel, processor: Any) -> None:
-        engine = OnnxEngine if isinstance(model, LoTLIPOnnxModel) else TorchEngine
-        self.engine: Engine = engine(model, processor)
+    def __init__(self, model: "PreTrainedModel", processor: Any) -> None:
+        from .engines.torch import TorchEngine
+
+        self.engine: Engine = TorchEngine(model, processor)
         self._dim: int | None = None
 
     @classmethod
@@ -126,14 +137,18 @@ class Encoder:
         return {name: sys.modules[name].__version__ for name in self.engine.libraries if name in sys.modules}
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """Device of the model."""
-        return self.engine.device
+        import torch
+
+        return torch.device(self.engine.device)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """Type of the weights."""
-        return self.engine.dtype
+        import torch
+
+        return getattr(torch, self.engine.dtype)
 
     @property
     def max_text_length(self) -> int:
@@ -144,12 +159,12 @@ class Encoder:
     def dim(self) -> int:
         """Number P of dimensions of the embeddings. The first access may encode a text to find it."""
         if self._dim is None:
-            self._dim = self.encode_texts(["a"], progress=False).shape[1]
+            self._dim = len(next(self.text_rows(["a"]))[1])
         return self._dim
 
     def encode_texts(
         self, texts: Iterable[str], *, batch_size: int = 64, max_length: int | None = None, progress: bool = True
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """
         Encodes texts as embeddings.
 
@@ -171,9 +186,11 @@ class Encoder:
             `ValueError`: If a text is not valid Unicode, if the features are not finite, or if `max_length` exceeds
                 the maximum of the model.
         """
-        rows: dict[int, torch.Tensor] = {}
+        import torch
+
+        rows: dict[int, np.ndarray] = {}
         cut = 0
-        for index, embedding, was_cut in self.iterate_texts(
+        for index, embedding, was_cut in self.text_rows(
             texts, batch_size=batch_size, max_length=max_length, progress=progress
         ):
             rows[index] = embedding
@@ -181,11 +198,11 @@ class Encoder:
         warn_of_cut_texts(cut, len(rows), max_length or self.max_text_length)
         if not rows:
             return torch.zeros(0, self.dim)
-        return torch.stack([rows[index] for index in range(len(rows))])
+        return torch.from_numpy(np.stack([rows[index] for index in range(len(rows))]))
 
     def encode_images(
         self, images: Iterable[ImageSource], *, batch_size: int = 32, progress: bool = True
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """
         Encodes images as embeddings. Threads read and prepare the files.
 
@@ -202,14 +219,16 @@ class Encoder:
             `TypeError`: If `images` is not a list (or other iterable) of images.
             `ImageError`: If an image cannot be read. The message names it.
         """
+        import torch
+
         rows = []
-        for _, result in self.iterate_images(images, batch_size=batch_size, progress=progress):
+        for _, result in self.image_rows(images, batch_size=batch_size, progress=progress):
             if isinstance(result, ImageError):
                 raise result
             rows.append(result)
         if not rows:  # encode an image to find the width
             return self.encode_images([Image.new("RGB", (1, 1))], progress=False)[:0]
-        return torch.stack(rows)
+        return torch.from_numpy(np.stack(rows))
 
     def iterate_texts(
         self,
@@ -220,7 +239,7 @@ class Encoder:
         progress: bool = False,
         total: int | None = None,
         pooled: bool = False,
-    ) -> Iterator[tuple[int, torch.Tensor, bool]]:
+    ) -> Iterator[tuple[int, "torch.Tensor", bool]]:
         """
         Encodes texts and yields each embedding as soon as it is computed. Has the other arguments and the errors of
         [`encode_texts`].
@@ -234,6 +253,24 @@ class Encoder:
             `tuple[int, torch.Tensor, bool]`: Index of the text in `texts`, its embedding [P], and whether the text was
             cut. The order is not that of `texts`.
         """
+        import torch
+
+        for index, row, was_cut in self.text_rows(
+            texts, batch_size=batch_size, max_length=max_length, progress=progress, total=total, pooled=pooled
+        ):
+            yield index, torch.from_numpy(row), was_cut
+
+    def text_rows(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_size: int = 64,
+        max_length: int | None = None,
+        progress: bool = False,
+        total: int | None = None,
+        pooled: bool = False,
+    ) -> Iterator[tuple[int, np.ndarray, bool]]:
+        """Does what [`iterate_texts`] does, without PyTorch: yields the embeddings as NumPy arrays."""
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise TypeError(f"`texts` must be a list of strings, got a {type(texts).__name__}. Pass [text].")
         _check_batch_size(batch_size)
@@ -247,18 +284,18 @@ class Encoder:
         total = _length(texts) if total is None else total
         with progress_bar(total=total, desc="Encoding texts", unit="text", shown=progress) as bar:
             batches = self._text_batches(texts, batch_size, max_length)
-            for batch, embeddings in self._embed_batches(self._features("text", pooled), batches):
+            for batch, embeddings in self._embed_batches("text", batches, pooled):
                 bar.update(len(batch))
                 for (index, was_cut), embedding in zip(batch, embeddings, strict=True):
                     yield index, embedding, was_cut
 
     def _text_batches(
         self, texts: Iterable[str], batch_size: int, max_length: int
-    ) -> Iterator[tuple[list[tuple[int, bool]], dict[str, torch.Tensor]]]:
+    ) -> Iterator[tuple[list[tuple[int, bool]], dict[str, np.ndarray]]]:
         """Batches of texts of similar length: index of each text and whether it was cut, and the model's inputs."""
         engine = self.engine
         tokens = batch_size * min(max_length, FULL_LENGTH)
-        if engine.device.type == "cpu":
+        if engine.device == "cpu":
             tokens = min(tokens, CPU_TOKENS)
         count, remaining = 0, iter(texts)
         while chunk := list(itertools.islice(remaining, TEXT_CHUNK)):
@@ -286,7 +323,7 @@ class Encoder:
         progress: bool = False,
         total: int | None = None,
         pooled: bool = False,
-    ) -> Iterator[tuple[int, torch.Tensor | ImageError]]:
+    ) -> Iterator[tuple[int, "torch.Tensor | ImageError"]]:
         """
         Encodes images and yields each embedding as soon as it is computed. Has the other arguments of
         [`encode_images`].
@@ -300,7 +337,24 @@ class Encoder:
             `tuple[int, torch.Tensor | ImageError]`: Index of the image in `images` and its embedding [P], or the error
             if it cannot be read. Embeddings are in the order of `images`, but errors may precede them.
         """
-        if isinstance(images, ImageSource) or not isinstance(images, Iterable):
+        import torch
+
+        for index, result in self.image_rows(
+            images, batch_size=batch_size, progress=progress, total=total, pooled=pooled
+        ):
+            yield index, result if isinstance(result, ImageError) else torch.from_numpy(result)
+
+    def image_rows(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
+        total: int | None = None,
+        pooled: bool = False,
+    ) -> Iterator[tuple[int, np.ndarray | ImageError]]:
+        """Does what [`iterate_images`] does, without PyTorch: yields the embeddings as NumPy arrays."""
+        if is_image_source(images) or not isinstance(images, Iterable):
             raise TypeError(f"`images` must be a list of images, got a {type(images).__name__}. Pass [image].")
         _check_batch_size(batch_size)
         engine = self.engine
@@ -316,7 +370,7 @@ class Encoder:
                 except ImageError as error:
                     yield index, error
 
-        def read(item: tuple[int, ImageSource | ImageError]) -> tuple[int, dict[str, torch.Tensor] | ImageError]:
+        def read(item: tuple[int, ImageSource | ImageError]) -> tuple[int, dict[str, np.ndarray] | ImageError]:
             index, source = item
             if isinstance(source, ImageError):
                 return index, source
@@ -326,13 +380,12 @@ class Encoder:
             except ImageError as error:
                 return index, error
 
-        features = self._features("image", pooled)
-        ready: list[tuple[int, dict[str, torch.Tensor]]] = []
+        ready: list[tuple[int, dict[str, np.ndarray]]] = []
 
-        def embed_ready() -> Iterator[tuple[int, torch.Tensor]]:
+        def embed_ready() -> Iterator[tuple[int, np.ndarray]]:
             batch, ready[:] = list(ready), []
-            inputs = {key: torch.cat([values[key] for _, values in batch]) for key in batch[0][1]}
-            embeddings = self._fetch(features(inputs))
+            inputs = {key: np.concatenate([values[key] for _, values in batch]) for key in batch[0][1]}
+            ((_, embeddings),) = self._embed_batches("image", [(batch, inputs)], pooled)
             for (index, _), embedding in zip(batch, embeddings, strict=True):
                 bar.update()
                 yield index, embedding
@@ -369,11 +422,11 @@ class Encoder:
                 name: value for name, value in settings["config"].items() if not name.startswith("projection")
             }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-        for name, tensor in self.engine.weights(modality):
-            if pooled and any(part in name for part in NOT_POOLED):
+        for description, content in self.engine.weights(modality):
+            if pooled and any(part in description for part in NOT_POOLED):
                 continue
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(description.encode())
+            digest.update(content)
         return digest.hexdigest()
 
     def pooled_dim(self, modality: Modality) -> int:
@@ -389,8 +442,11 @@ class Encoder:
         config = self.lotlip()[1].config
         return (config.text_config if modality == "text" else config.vision_config).pooled_size
 
-    def lotlip(self) -> tuple[TorchEngine, LoTLIPModel]:
+    def lotlip(self) -> "tuple[TorchEngine, LoTLIPModel]":
         """Returns the engine and the model. Raises a `ValueError` if the model is not a LoTLIP in PyTorch."""
+        from .engines.torch import TorchEngine
+        from .modeling.modeling_lotlip import LoTLIPModel
+
         if not isinstance(self.engine, TorchEngine) or not isinstance(self.engine.model, LoTLIPModel):
             raise ValueError(
                 f"{self.name} is not a LoTLIP checkpoint, which patches, attentions and pooled states need. Convert a "
@@ -398,55 +454,47 @@ class Encoder:
             )
         return self.engine, self.engine.model
 
-    def _features(self, modality: Modality, pooled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-        """Function of a batch's inputs that computes embeddings [B, P], or pooled states [B, pooled_size]."""
-        if pooled:
-            states = self.lotlip()[0].pooled_states
-            return lambda inputs: states(modality, inputs).float()
-        features = self.engine.text_features if modality == "text" else self.engine.image_features
-
-        def embed(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            embeddings = torch.nn.functional.normalize(features(inputs).float(), dim=-1)
-            self._dim = embeddings.shape[-1]
-            return embeddings
-
-        return embed
-
     def _embed_batches(
-        self,
-        features: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-        batches: Iterable[tuple[Any, dict[str, torch.Tensor]]],
-    ) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Embeddings [B, P] of each batch, in order. A batch starts before the previous one is copied to the CPU."""
-        waiting: list[tuple[Any, torch.Tensor]] = []
-        ahead = 0 if self.device.type == "cpu" else 1
+        self, modality: Modality, batches: Iterable[tuple[Any, dict[str, np.ndarray]]], pooled: bool
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """
+        Embeddings [B, P] of each batch, in order, or pooled states [B, pooled_size]. A batch starts before the
+        previous one is copied to the CPU.
+        """
+        if pooled:
+            self.lotlip()  # raises an error for other models
+        waiting: list[tuple[Any, Any]] = []
+        ahead = 0 if self.engine.device == "cpu" else 1
+
+        def fetched() -> tuple[Any, np.ndarray]:
+            batch, started = waiting.pop(0)
+            embeddings = self.engine.fetch(started)
+            if not np.isfinite(embeddings).all():
+                raise ValueError(
+                    f"The features of the model are not finite in {self.engine.dtype}. Try another dtype."
+                )
+            self._dim = self._dim if pooled else embeddings.shape[1]
+            return batch, embeddings
+
         try:
             for batch, inputs in batches:
-                waiting.append((batch, features(inputs)))
+                waiting.append((batch, self.engine.embed(modality, inputs, pooled)))
                 if len(waiting) > ahead:
-                    batch, embeddings = waiting.pop(0)
-                    yield batch, self._fetch(embeddings)
+                    yield fetched()
         except Exception:
             # Yield the batches that were computed before the error.
-            for batch, embeddings in waiting:
-                yield batch, self._fetch(embeddings)
+            while waiting:
+                yield fetched()
             raise
-        for batch, embeddings in waiting:
-            yield batch, self._fetch(embeddings)
-
-    def _fetch(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Copies embeddings to the CPU, as tensors that autograd accepts."""
-        embeddings = embeddings.cpu()
-        if not torch.isfinite(embeddings).all():
-            raise ValueError(f"The features of the model are not finite in {self.dtype}. Try another dtype.")
-        return embeddings.clone()
+        while waiting:
+            yield fetched()
 
 
 def load_encoder(
     name_or_path: str | os.PathLike,
     *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype" = "auto",
     revision: str | None = None,
 ) -> Encoder:
     """
@@ -454,8 +502,8 @@ def load_encoder(
 
     Args:
         name_or_path (`str` or `os.PathLike`): Folder or Hub id of a LoTLIP or of a stock dual encoder (CLIP, SigLIP,
-            ...); a folder that `lotlip convert onnx` wrote; or a model of open_clip, such as
-            `"open_clip:ViT-B-32-quickgelu/openai"`, see [`~lotlip_hf.engines.open_clip.load_open_clip`].
+            ...); an exported folder, see [`~lotlip_hf.engines.exported.load_exported`]; or a model of open_clip, such
+            as `"open_clip:ViT-B-32-quickgelu/openai"`, see [`~lotlip_hf.engines.open_clip.load_open_clip`].
         device (`str` or `torch.device`, *optional*): Device of the model. Defaults to the accelerator, or the CPU.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Type of the weights. `"auto"` keeps the type
             in the checkpoint.
@@ -467,7 +515,7 @@ def load_encoder(
     Raises:
         `ValueError`: As [`~lotlip_hf.loading.load_model`], or if `revision` is passed for a folder or open_clip.
         `OSError`: If the checkpoint is not found.
-        `ImportError`: If open_clip or ONNX Runtime is not installed.
+        `ImportError`: If open_clip, or the library of an exported folder, is not installed.
 
     Example:
 
@@ -486,9 +534,13 @@ def load_encoder(
                 f"{name}: open_clip does not support `revision` {revision!r}. Download it (hf download ORG/NAME "
                 f"--revision {revision} --local-dir FOLDER) and load {OPEN_CLIP}local-dir:FOLDER."
             )
+        from .engines.open_clip import load_open_clip
+
         return Encoder.from_engine(load_open_clip(name, device, dtype))
-    if revision is None and is_onnx(name):
-        return Encoder.from_engine(load_onnx(name, device, dtype))
+    if revision is None and is_exported(name):
+        return Encoder.from_engine(load_exported(name, device, dtype))
+    from .loading import load_model, skip_padding
+
     model, processor = load_model(name, device=device, dtype=dtype, revision=revision)
     encoder = Encoder(model, processor)
     if encoder.max_text_length > FULL_LENGTH:

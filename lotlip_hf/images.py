@@ -6,21 +6,24 @@ import io
 import math
 import os
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Union
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from .files import FileError, is_inside, open_regular, read_regular
 
+if TYPE_CHECKING:
+    import torch
+
 # All accepted image types; a mapping is the output of `datasets.Image(decode=False)`
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor | Mapping
+ImageSource = Union[str, os.PathLike, bytes, Image.Image, np.ndarray, "torch.Tensor", Mapping]
 # Colour behind transparent pixels, in a form that PIL accepts; `None` drops the alpha channel
 Background = str | Sequence[int] | None
 WHITE = "white"
@@ -47,7 +50,17 @@ RESIZING_MODULE = "transformers.image_processing_backends"
 MAX_ASPECT_RATIO = 64
 # Images with more pixels are resized before the image processor, which would make several copies of the full image.
 LARGE = 1 << 24
+# Image towers have fewer pixels per side. Larger settings are mistakes, or meant to fill the memory.
+MAX_IMAGE_SIDE = 4096
 CONVNEXT_SQUASHED = 384  # pixels, from which ConvNeXt's image processor does not crop
+
+# Image processors of transformers that resize, crop, rescale and normalise, by whether they crop by default
+CROPPING_PROCESSORS = ("CLIPImageProcessor", "BitImageProcessor")
+WHOLE_PROCESSORS = ("ViTImageProcessor", "SiglipImageProcessor")
+SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+PLAIN_SETTINGS = (*SWITCHES[:1], *SWITCHES[2:], "size", "resample", "rescale_factor", "image_mean", "image_std")
+# Entries of a saved image processor that do not change the pixels of an RGB image
+NO_SETTINGS = ("auto_map", "data_format", "default_to_square", "do_convert_rgb", "processor_class")
 
 EMPTY = "the file is empty"
 NO_MEMORY = "too large for this machine's memory"
@@ -135,6 +148,17 @@ class StoredImage(NamedTuple):
 
     source: Any
     path: str | None
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor of PyTorch, which is not imported for this."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_image_source(value: Any) -> bool:
+    """Returns whether a value has a type of `ImageSource`."""
+    return isinstance(value, str | os.PathLike | bytes | Image.Image | np.ndarray | Mapping) or _is_tensor(value)
 
 
 def image_source(value: Any) -> StoredImage:
@@ -372,14 +396,15 @@ def load_image(
 
 def load_pixels(
     source: ImageSource, name: str | None = None, *, image_processor: Any, background: Background = WHITE
-) -> dict[str, torch.Tensor]:
+) -> "dict[str, torch.Tensor]":
     """
     Reads an image and processes it for a model.
 
     Args:
         source (`ImageSource`): Image; see [`load_image`].
         name (`str`, *optional*): Name of the image, which errors put before the path.
-        image_processor (`BaseImageProcessor`): Image processor of the model.
+        image_processor (`BaseImageProcessor`): Image processor of the model. The output of a
+            [`PlainImageProcessor`] has NumPy arrays instead of tensors.
         background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels; see
             [`load_image`].
 
@@ -397,13 +422,13 @@ def load_pixels(
 
 def load_sized_pixels(
     source: ImageSource, name: str | None = None, *, image_processor: Any, background: Background = WHITE
-) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+) -> "tuple[dict[str, torch.Tensor], tuple[int, int]]":
     """Returns what [`load_pixels`] does, and the width and height of the image, of which large ones are reduced."""
     with _loaded(source, name, image_processor, background) as (image, size):
         return dict(image_processor(images=[image], return_tensors="pt")), size
 
 
-def load_mask(path: str | os.PathLike) -> torch.Tensor:
+def load_mask(path: str | os.PathLike) -> "torch.Tensor":
     """
     Reads a mask of classes.
 
@@ -416,6 +441,8 @@ def load_mask(path: str | os.PathLike) -> torch.Tensor:
     Raises:
         `ImageError`: If the file cannot be read or has another format.
     """
+    import torch
+
     name = os.fspath(path)
     with _image_errors(name), Image.open(io.BytesIO(read_image_bytes(path)), formats=["PNG"]) as image:
         if image.mode not in ("L", "P"):
@@ -477,6 +504,98 @@ def official_image_processor(image_size: int = 224) -> Any:
     )
 
 
+class PlainImageProcessor:
+    """
+    An image processor without transformers: resizes, crops, rescales and normalises images as the processors of ViT,
+    CLIP, SigLIP and BiT (DINOv2) do with PIL, with equal pixels.
+
+    Args:
+        settings (`Mapping[str, Any]`): Settings of a saved image processor.
+
+    Raises:
+        `ValueError`: If the settings are those of another image processor, or have unknown or missing values.
+    """
+
+    backend = "pil"
+    do_convert_rgb = True
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        given = {name: value for name, value in settings.items() if value is not None and name not in NO_SETTINGS}
+        kind = str(given.pop("image_processor_type", None)).removesuffix("Fast")
+        unknown = given.keys() - {*PLAIN_SETTINGS, "do_center_crop", "crop_size"}
+        missing = [name for name in PLAIN_SETTINGS if name not in given]
+        if kind in CROPPING_PROCESSORS:  # these crop by default
+            missing += [name for name in ("do_center_crop", "crop_size") if name not in given]
+        if kind not in (*CROPPING_PROCESSORS, *WHOLE_PROCESSORS) or unknown or missing:
+            raise ValueError(f"{kind}: not a plain image processor ({', '.join([*missing, *sorted(unknown)])}).")
+        switches = [given.get(name, False) for name in SWITCHES]
+        if not all(isinstance(one, bool) for one in switches) or type(given["resample"]) is not int:
+            raise ValueError(f"{kind}: `resample` must be a number, and {', '.join(SWITCHES)} true or false.")
+        self.do_resize, self.do_center_crop, self.do_rescale, self.do_normalize = switches
+        self.size: dict[str, int] = dict(given["size"])
+        self.crop_size: dict[str, int] | None = dict(given["crop_size"]) if "crop_size" in given else None
+        self.resample = Image.Resampling(given["resample"])
+        crop = self.crop_size.keys() if self.do_center_crop and self.crop_size else {"height", "width"}
+        if self.size.keys() not in ({"shortest_edge"}, {"height", "width"}) or crop != {"height", "width"}:
+            raise ValueError(f"{kind}: `size` {self.size} or `crop_size` {self.crop_size} has other sides.")
+        if not self.do_rescale and not self.do_normalize:
+            raise ValueError(f"{kind}: `do_rescale` and `do_normalize` are both off.")
+        check_image_sizes(self, kind)
+        self.settings = {"image_processor_type": kind, **given}
+        # Value of each of the 256 levels in each channel, [256, 3]
+        levels = np.arange(256, dtype=np.float64)
+        table = np.repeat(levels * given["rescale_factor"] if self.do_rescale else levels, 3).reshape(256, 3)
+        self._table = table.astype(np.float32)
+        if self.do_normalize:
+            mean, std = (np.asarray(given[name], np.float32) for name in ("image_mean", "image_std"))
+            with np.errstate(all="ignore"):
+                self._table = (self._table - mean) / std
+        if self._table.shape != (256, 3) or not np.isfinite(self._table).all():
+            raise ValueError(f"{kind}: `image_mean`, `image_std` or `rescale_factor` gives no finite pixels.")
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "np") -> dict[str, np.ndarray]:
+        """Processes B RGB images of one size. Returns `pixel_values` [B, 3, height, width], always as NumPy arrays."""
+        return {"pixel_values": np.stack([self._pixels(image) for image in images])}
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        if self.do_resize:
+            size = resized_size(image.size, self) or (self.size["width"], self.size["height"])
+            image = image.resize(size, self.resample)
+        if self.do_center_crop and self.crop_size:
+            width, height = self.crop_size["width"], self.crop_size["height"]
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))  # black outside of the image
+        levels = np.asarray(image)
+        return np.stack([self._table[:, channel][levels[..., channel]] for channel in range(3)])
+
+
+def check_image_sizes(image_processor: Any, name: str) -> None:
+    """
+    Raises a `ValueError` if a side of `size` or `crop_size` is not an integer from 1 to 4096, or if the patches of
+    SigLIP 2 NaFlex or the `crop_pct` of ConvNeXt make images that are larger.
+    """
+    for setting in ("size", "crop_size"):
+        for side, value in dict(getattr(image_processor, setting, None) or {}).items():
+            if value is not None and not (type(value) is int and 1 <= value <= MAX_IMAGE_SIDE):
+                raise ValueError(
+                    f"{name}: `{setting}` in processor_config.json or preprocessor_config.json has {side}={value!r}. "
+                    f"Use a number of pixels from 1 to {MAX_IMAGE_SIDE}."
+                )
+    number = getattr(image_processor, "max_num_patches", None)
+    if number is not None:
+        side = image_processor.patch_size
+        if not all(type(one) is int and one >= 1 for one in (number, side)) or number * side**2 > MAX_IMAGE_SIDE**2:
+            raise ValueError(
+                f"{name}: `max_num_patches` of the image processor is {number!r} and `patch_size` is {side!r}. Use "
+                f"positive numbers for images of at most {MAX_IMAGE_SIDE} x {MAX_IMAGE_SIDE} pixels."
+            )
+    share = getattr(image_processor, "crop_pct", None)
+    if share is not None:
+        side = dict(image_processor.size or {}).get("shortest_edge") or 1
+        if not (isinstance(share, float | int) and side / MAX_IMAGE_SIDE <= share <= 1):
+            raise ValueError(f"{name}: `crop_pct` of the image processor is {share!r}. Use a share such as 0.875.")
+
+
 def processed_size(image_processor: Any) -> tuple[int, int]:
     """Returns the height and width of the `pixel_values` of an image of 96 x 64 pixels."""
     height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
@@ -490,7 +609,7 @@ def _loaded(
     """Provides the image and its size, and reserves its pixels in the budget of all threads until the context ends."""
     source, path = image_source(source)
     name = ": ".join(filter(None, (name, path))) or "image"
-    if not isinstance(source, ImageSource):
+    if not is_image_source(source):
         raise TypeError(
             f"{name} must be a path, the contents of a file, a PIL image or an array, got {type(source).__name__}."
         )
@@ -563,7 +682,7 @@ def _read(
     if isinstance(source, Image.Image):
         held.enter_context(_budget.hold(source.width * source.height))
         return _to_rgb(source, name, background)
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         image = _from_array(np.asarray(source), name)
         held.enter_context(_budget.hold(image.width * image.height))
         return _to_rgb(image, name, background)
@@ -630,7 +749,8 @@ def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int]
     if 0 in size:
         return None
     methods = (getattr(type(image_processor), name, None) for name in ("resize", "_preprocess"))
-    if not all(getattr(method, "__module__", None) == RESIZING_MODULE for method in methods):
+    is_shared = all(getattr(method, "__module__", None) == RESIZING_MODULE for method in methods)
+    if not (is_shared or isinstance(image_processor, PlainImageProcessor)):
         return None
     if not image_processor.do_resize or not isinstance(image_processor.resample, int):
         return None

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import auto as auto  # registers LoTLIP's classes
 from .files import one_line, parse_json, printable, read_regular
-from .images import background_of, checked_background
+from .images import background_of, check_image_sizes, checked_background
 from .modeling.calls_lotlip import free_of_calls
 from .modeling.modeling_lotlip import LoTLIPModel
 
@@ -43,8 +43,6 @@ MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 SIZES = ("_size", "_sizes", "_dim", "_dims", "_embeddings", "_length")
 MODULES = ("layer", "group", "depths")  # parts of the names of settings that count modules, as `n_layers`
-# Image towers have fewer pixels per side. Larger settings are mistakes, or meant to fill the memory.
-MAX_IMAGE_SIDE = 4096
 # timm's names of interpolations
 RESAMPLING = {name.lower(): resample for name, resample in Image.Resampling.__members__.items()}
 NOT_SET = 1_000_000  # transformers sets 1e30 for an unknown maximum length
@@ -262,33 +260,6 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
                     raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use 0 or more.")
 
     check(config.to_dict())
-
-
-def check_image_sizes(image_processor: Any, name: str) -> None:
-    """
-    Raises a `ValueError` if a side of `size` or `crop_size` is not an integer from 1 to 4096, or if the patches of
-    SigLIP 2 NaFlex or the `crop_pct` of ConvNeXt make images that are larger.
-    """
-    for setting in ("size", "crop_size"):
-        for side, value in dict(getattr(image_processor, setting, None) or {}).items():
-            if value is not None and not (type(value) is int and 1 <= value <= MAX_IMAGE_SIDE):
-                raise ValueError(
-                    f"{name}: `{setting}` in processor_config.json or preprocessor_config.json has {side}={value!r}. "
-                    f"Use a number of pixels from 1 to {MAX_IMAGE_SIDE}."
-                )
-    number = getattr(image_processor, "max_num_patches", None)
-    if number is not None:
-        side = image_processor.patch_size
-        if not all(type(one) is int and one >= 1 for one in (number, side)) or number * side**2 > MAX_IMAGE_SIDE**2:
-            raise ValueError(
-                f"{name}: `max_num_patches` of the image processor is {number!r} and `patch_size` is {side!r}. Use "
-                f"positive numbers for images of at most {MAX_IMAGE_SIDE} x {MAX_IMAGE_SIDE} pixels."
-            )
-    share = getattr(image_processor, "crop_pct", None)
-    if share is not None:
-        side = dict(image_processor.size or {}).get("shortest_edge") or 1
-        if not (isinstance(share, float | int) and side / MAX_IMAGE_SIDE <= share <= 1):
-            raise ValueError(f"{name}: `crop_pct` of the image processor is {share!r}. Use a share such as 0.875.")
 
 
 def load_image_processor(name_or_path: str | os.PathLike) -> Any:

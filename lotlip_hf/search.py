@@ -5,13 +5,16 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from .encoder import Encoder
+from .encoder import Encoder, warn_of_cut_texts
 from .images import ImageError, find_images, image_extensions
 from .store import EmbeddingStore
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +54,13 @@ class ImageIndex:
     store: EmbeddingStore
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def search(self, query_embedding: torch.Tensor, top: int = 5) -> list[SearchResult]:
+    def search(self, query_embedding: "np.ndarray | torch.Tensor", top: int = 5) -> list[SearchResult]:
         """
         Ranks the images by their similarity to a query. Reads the embeddings from disk block by block.
 
         Args:
-            query_embedding (`torch.Tensor`): Embedding [P] by the model that made the index; see [`encode_query`].
+            query_embedding (`np.ndarray` or `torch.Tensor`): Embedding [P] by the model that made the index; see
+                [`encode_query`].
             top (`int`, *optional*, defaults to 5): Maximum number of results.
 
         Returns:
@@ -86,7 +90,7 @@ class ImageIndex:
                 f"{list(query_embedding.shape)}."
             )
         with self.store as store:
-            scores = store.similarities(self.locations, query_embedding.detach().cpu().float().numpy())
+            scores = store.similarities(self.locations, np.asarray(query_embedding, np.float32))
         # The scores of identical images may differ in the last bits.
         best = np.argsort(-scores.round(6), kind="stable")[:top]
         # A downloaded index may contain embeddings that are not normalised.
@@ -158,12 +162,12 @@ def build_index(
         outdated = [name for name, stamp in stamps.items() if held.stamps.get(name) != stamp]
         try:
             with store.adding(batch_size) as add:
-                for index, result in encoder.iterate_images(
+                for index, result in encoder.image_rows(
                     [folder / name for name in outdated], batch_size=batch_size, progress=progress and bool(outdated)
                 ):
                     name = outdated[index]
                     if not isinstance(result, ImageError):
-                        add(name, result.numpy(), stamps[name])
+                        add(name, result, stamps[name])
                     elif result.transient:
                         skipped[name] = result.reason
                     else:
@@ -187,7 +191,7 @@ def build_index(
     return index
 
 
-def encode_query(encoder: Encoder, text: str) -> torch.Tensor:
+def encode_query(encoder: Encoder, text: str) -> np.ndarray:
     """
     Encodes the description to search for.
 
@@ -196,7 +200,7 @@ def encode_query(encoder: Encoder, text: str) -> torch.Tensor:
         text (`str`): Description.
 
     Returns:
-        `torch.Tensor`: Embedding [P].
+        `np.ndarray`: Embedding [P].
 
     Raises:
         `ValueError`: If the description is empty.
@@ -212,4 +216,6 @@ def encode_query(encoder: Encoder, text: str) -> torch.Tensor:
     """
     if not text.strip():
         raise ValueError("The description is empty. Pass a text to search for.")
-    return encoder.encode_texts([text], progress=False)[0]
+    ((_, embedding, was_cut),) = encoder.text_rows([text])
+    warn_of_cut_texts(was_cut, 1, encoder.max_text_length)
+    return embedding

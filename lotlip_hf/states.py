@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from huggingface_hub import constants
 
-from .encoder import Encoder, Modality
+from .encoder import Encoder
+from .engines import Modality
 from .images import ImageError, ImageSource
 from .store import CUT, LOOKED_UP, WHOLE, EmbeddingStore, text_digest
 
@@ -101,7 +102,7 @@ class FrozenStates:
             new = [*{key: index for index, key in enumerate(keys) if key not in held}.values()]
             count = len(new)
             with store.adding(batch_size) as add:
-                for number, state in self.encoder.iterate_images(
+                for number, state in self.encoder.image_rows(
                     map(source, new),
                     batch_size=batch_size,
                     progress=progress and bool(new),
@@ -112,7 +113,7 @@ class FrozenStates:
                         count -= 1
                         fail(new[number], state)
                     else:
-                        add(keys[new[number]], state.numpy())
+                        add(keys[new[number]], state)
         return count
 
     def fill_texts(self, texts: Iterable[str], *, batch_size: int = 64, progress: bool = False) -> list[str]:
@@ -136,13 +137,13 @@ class FrozenStates:
             held = {key for part in _parts(list(new)) for key in store.held(part).locations}
             missing = [key for key in new if key not in held]
             with store.adding(batch_size) as add:
-                for index, state, was_cut in self.encoder.iterate_texts(
+                for index, state, was_cut in self.encoder.text_rows(
                     [new[key] for key in missing],
                     batch_size=batch_size,
                     progress=progress and bool(missing),
                     pooled=self.pooled,
                 ):
-                    add(missing[index], state.numpy(), CUT if was_cut else WHOLE)
+                    add(missing[index], state, CUT if was_cut else WHOLE)
                     if was_cut and not self._has_warned:
                         self._has_warned = True
                         logger.warning("Texts are cut at %d tokens.", self.encoder.max_text_length)

@@ -1,10 +1,9 @@
 """Keeps the truncation and padding of a tokenizer's call from later calls and from the saved files."""
 
+# transformers is imported where it is used: `cleaning_lotlip` works without it, because it takes seconds to import.
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 # Arguments of the last call, which transformers saves as settings of the tokenizer. A processor would pass them in
 # every call, where they override `model_max_length`.
@@ -15,6 +14,9 @@ AnyTokenizer = TypeVar("AnyTokenizer")
 
 def free_of_calls(tokenizer: Any) -> None:
     """Removes the settings of earlier calls from a tokenizer, so that `model_max_length` applies."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         for name in CALL_SETTINGS:
             tokenizer.init_kwargs.pop(name, None)
@@ -37,6 +39,8 @@ def own_backend(shared: Tokenizer) -> Tokenizer:
 
 def for_one_call(tokenizer: AnyTokenizer) -> AnyTokenizer:
     """Copies a tokenizer and its backend, on which transformers sets the truncation and padding of a call."""
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
     if not isinstance(tokenizer, TokenizersBackend):
         return tokenizer
     copy = object.__new__(type(tokenizer))

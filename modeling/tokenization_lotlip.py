@@ -1,7 +1,5 @@
 """LoTLIP's tokenizer: the official cleaning and sentence splitting around any fast tokenizer."""
 
-import hashlib
-import html
 import json
 import os
 import re
@@ -9,30 +7,30 @@ import string
 from collections.abc import Callable
 from typing import Any, Literal
 
-import ftfy
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, models, normalizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
 from .calls_lotlip import for_one_call, free_of_calls, own_backend
-from .sentences_lotlip import ABBREVIATIONS, NUMBERED, STOP, find_sentences
+from .cleaning_lotlip import (
+    CLOSE,
+    FULL_STOP,
+    GUARD,
+    OPEN,
+    SIGN,
+    is_local_to_words,
+    sentences_of,
+    without_cleaning,
+)
+from .sentences_lotlip import ABBREVIATIONS, NUMBERED
 
 logger = logging.get_logger(__name__)
 
-# Joins sentences while they are cleaned, as in the official code: ftfy's result depends on adjacent characters.
-JOINER = "[SEP]"
-# Matches a character that needs ftfy and `html.unescape`. Without a match, both change only white space and quotes:
-# broken text (`ftfy.badness`) has a control character, one of ÂÃŒœ, or two adjacent characters outside ASCII. The
-# first lookbehind lets single Latin-1 letters and signs pass.
-NEEDS_REPAIR = re.compile(r"[^ -%'-~\t\n\r\xa0–—‘’“”…](?:(?<=[^¡-ÁÄ-ÿ])|(?<=[^\x00-\x7f].)|(?=[^\x00-\x7f]))")
-# ftfy undoes one level of "&amp;amp;..." in each pass over the text: a million characters would take hours.
-DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
 # Noncharacters, which Unicode reserves for internal use. If a text contains the name of a special token, HIDING is
 # inserted after each character of the name. If a text contains MARK, ITSELF replaces it.
 MARK, HIDING, ITSELF = "\ufdd0", "\ufdd0\ufdd1", "\ufdd0\ufdd2"
-FULL_STOP = ". "
 CLOSING = frozenset(".,!?;:%)]'’-")  # signs without a space before them
 # Value of `cleaning` -> pattern of the end of a text, after which a space would end a sentence.
 STOPS = {"official": re.compile(r"\.\Z"), "sentences": re.compile(r"""[.!?…]["'”’)\]]*\Z""")}
@@ -51,13 +49,6 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-# In a tokenizer.json, the placeholder of a special token is its index between OPEN and CLOSE. These are pairs of
-# dashes, which normalisers keep and BERT splits. GUARD is the first step: it separates such dashes of a text, and its
-# presence identifies a normaliser that this class wrote.
-OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
-GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
-# The tokenizers library and JavaScript read these regular expressions alike.
-SIGN = r"[!-/:-@\[-`{-~\p{P}]"  # punctuation for BERT
 WHOLE = r"(?<![\s\S]){}(?![\s\S])"
 END_OF_TEXT = rf"(?<!{CLOSE})(?![\s\S])"  # but not of a name of a special token
 END_OF_LINE = r"(?<=[^.!?…。．｡।॥۔\s])[^\S\n]*\n\s*(?=\S)"
@@ -83,16 +74,6 @@ CLEANING = [
     _replace(r"\s+", " "),
     {"type": "Strip", "strip_left": True, "strip_right": True},
 ]
-
-
-def clean(text: str) -> str:
-    """Cleans a text as the official code does: `ftfy.fix_text`, `html.unescape` twice, white space collapsed."""
-    if NEEDS_REPAIR.search(text):
-        text = DEEP_AMPERSAND.sub("&" + 16 * "amp;", text)
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    else:
-        text = text.replace("‘", "'").replace("’", "'").replace("“", '"').replace("”", '"')
-    return " ".join(text.split())
 
 
 class LoTLIPTokenizer(TokenizersBackend):
@@ -162,12 +143,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         settings = {"clean_text": clean_text, "split_sentences": split_sentences, "cleaning": cleaning}
         settings |= {"split_special_tokens": split_special_tokens, "prompt_template": prompt_template}
         super().__init__(**settings, **kwargs)
-        _remove_cleaning(self._tokenizer)
-        # Search special tokens in the text before it is normalised, so that a normaliser cannot create one.
-        special = [t.__getstate__() for t in self.added_tokens_decoder.values() if t.special and t.normalized]
-        self._tokenizer.add_special_tokens([AddedToken(**{**token, "normalized": False}) for token in special])
-        # Rebuild the backend: the old one still has the names of special tokens in normalised form.
-        self._tokenizer = own_backend(self._tokenizer)
+        self._tokenizer = without_cleaning(self._tokenizer)
         self._tokenizer.encode_special_tokens = split_special_tokens
         free_of_calls(self)
 
@@ -296,17 +272,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         """Cleans the text and splits it where separator tokens are inserted."""
         if self.split_sentences and self.sep_token is None:
             raise ValueError("This tokenizer has no `sep_token`. Set `sep_token` or pass `split_sentences=False`.")
-        sentences = [text]
-        if self.split_sentences:
-            sentences = text.split(FULL_STOP) if self.cleaning == "official" else _by_rules(text)
-        if not self.clean_text:
-            return sentences
-        cleaned = clean(JOINER.join(sentences))
-        if "\x1b" not in text and cleaned.count(JOINER) == len(sentences) - 1:
-            return cleaned.split(JOINER)
-        # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence. It cannot contain a digest of itself.
-        joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
-        return clean(joiner.join(sentences)).split(joiner)
+        return sentences_of(text, self.clean_text, self.split_sentences, self.cleaning)
 
     def _template(self) -> tuple[str, str, str, str]:
         """The template up to its last special token before `{}`, to `{}`, to the next special token, and the rest."""
@@ -319,14 +285,7 @@ class LoTLIPTokenizer(TokenizersBackend):
 
     def is_local_to_words(self) -> bool:
         """Whether the tokens of a word do not depend on the rest of the text, as with BERT's tokenizer."""
-        backend = self._tokenizer
-        return (
-            self.truncation_side == "right"
-            and isinstance(backend.model, models.WordPiece)
-            and isinstance(backend.normalizer, normalizers.BertNormalizer | None)
-            and isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
-            and all(token.isascii() and token.split() == [token] for token in self.added_tokens_encoder)
-        )
+        return self.truncation_side == "right" and is_local_to_words(self._tokenizer)
 
     def _special_tokens(self) -> list[str]:
         special = [token.content for token in self.added_tokens_decoder.values() if token.special]
@@ -466,15 +425,6 @@ class _TemplateBackend:
         encoding.__setstate__(json.dumps(state).encode())
 
 
-def _by_rules(text: str) -> list[str]:
-    """Splits a text at the ends of its sentences and drops the full stops, except for the last."""
-    parts, last, start = [], 0, 0
-    for _, end, mark in find_sentences(text):
-        parts.append(text[start : end - len(mark)] + STOP.sub("", mark))
-        last, start = start, end
-    return [*parts[:-1], text[last:]]
-
-
 def _written(tokens: list[str], prefix: str, stop: re.Pattern[str]) -> str:
     """Joins WordPiece tokens to a text, without a space where it would end a sentence."""
     text = ""
@@ -486,27 +436,6 @@ def _written(tokens: list[str], prefix: str, stop: re.Pattern[str]) -> str:
         else:
             text += f" {token}"
     return text
-
-
-def _remove_cleaning(backend: Tokenizer) -> None:
-    """Removes the steps that [`LoTLIPTokenizer.bare_tokenizer`] added for other readers."""
-    state = {} if backend.normalizer is None else json.loads(backend.normalizer.__getstate__())
-    before, *own = state.get("normalizers") or [{}]
-    if before.get("normalizers", [None])[0] != GUARD:
-        return
-    backend.normalizer = _part(normalizers.Sequence([]), own[0]["normalizers"])
-    split = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
-    if json.dumps(f"|{SIGN}")[1:-1].encode() in split:
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    elif isinstance(backend.decoder, decoders.Sequence) and not isinstance(backend.model, models.Unigram):
-        steps = json.loads(backend.decoder.__getstate__())["decoders"]
-        backend.decoder = _part(decoders.Sequence([]), [one for one in steps if one.get("content") != ""])
-
-
-def _part(empty: Any, states: list[dict[str, Any]]) -> Any:
-    for state in states:
-        empty.__setstate__(json.dumps(state).encode())
-    return empty if states else None
 
 
 def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:

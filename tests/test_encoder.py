@@ -195,14 +195,14 @@ def test_results_are_fetched_when_the_next_batch_is_under_way(pair: Pair, device
     events: list[str] = []
 
     class Failing(TorchEngine):
-        def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def embed(self, *_: Any) -> torch.Tensor:
             number = sum(event.startswith("embed") for event in events)
             events.append(f"embed {number}")
             if number == 2:
                 raise RuntimeError("out of memory")
             return torch.eye(4)[number : number + 1]
 
-    Failing.device = torch.device(device)
+    Failing.device = device  # pyright: ignore[reportAttributeAccessIssue]
     rows = []
     with pytest.raises(RuntimeError, match="out of memory"):
         for number, (_, embedding, _) in enumerate(

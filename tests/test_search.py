@@ -40,13 +40,13 @@ def photos(tmp_path: Path) -> Path:
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files given to the model, in order; to be cleared between calls."""
     names: list[str] = []
-    iterate = Encoder.iterate_images
+    iterate = Encoder.image_rows
 
     def spy(encoder: Encoder, images: list[Path], **keywords: Any) -> Iterator[Any]:
         names.extend(path.name for path in images)
         return iterate(encoder, images, **keywords)
 
-    monkeypatch.setattr(Encoder, "iterate_images", spy)
+    monkeypatch.setattr(Encoder, "image_rows", spy)
     return names
 
 
@@ -286,7 +286,7 @@ def test_an_interruption_keeps_what_was_embedded(
 ) -> None:
     uninterrupted = index_of(pair, photos, index_folder=photos.parent / "whole")
     embedded.clear()
-    iterate = Encoder.iterate_images
+    iterate = Encoder.image_rows
 
     def interrupt(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         for number, item in enumerate(iterate(*arguments, **keywords)):
@@ -295,7 +295,7 @@ def test_an_interruption_keeps_what_was_embedded(
             yield item
 
     with monkeypatch.context() as context:
-        context.setattr(Encoder, "iterate_images", interrupt)
+        context.setattr(Encoder, "image_rows", interrupt)
         with pytest.raises(KeyboardInterrupt):
             index_of(pair, photos)
     assert "3 embeddings" in caplog.text

@@ -28,7 +28,7 @@ MODEL_CODE = {
     )
 }
 CLIP_CODE = MODEL_CODE | {"processing_lotlip.py", "calls_lotlip.py"}
-CODE = CLIP_CODE | {"tokenization_lotlip.py", "sentences_lotlip.py"}
+CODE = CLIP_CODE | {"tokenization_lotlip.py", "cleaning_lotlip.py", "sentences_lotlip.py"}
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 TEXT_SIZE = {**SIZE, "vocab_size": 99, "max_position_embeddings": 40}

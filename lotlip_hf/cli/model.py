@@ -51,12 +51,14 @@ class DeviceOptions(ImageOptions):
 
     def load_named(self, name: str, revision: str | None = None) -> "Encoder":
         """Loads an encoder."""
-        from transformers.utils import logging
-
         from ..encoder import load_encoder
+        from ..engines.exported import is_exported
 
-        logging.disable_progress_bar()  # bars of loading weights
         self.apply()
+        if not is_exported(name):
+            from transformers.utils import logging  # a late import: it takes seconds
+
+            logging.disable_progress_bar()  # bars of loading weights
         return load_encoder(name, device=self.device, dtype=self.dtype, revision=revision)
 
 

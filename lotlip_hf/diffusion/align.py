@@ -18,8 +18,8 @@ from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection,
 from ..files import parse_json, read_regular
 from ..loading import fit_tokenizer, load_strict, load_tokenizer, naming_damage
 from ..modeling.calls_lotlip import for_one_call
+from ..modeling.cleaning_lotlip import clean
 from ..modeling.modeling_lotlip import LoTLIPTextModel
-from ..modeling.tokenization_lotlip import clean
 from ..plots import figure, save
 from ..terminal import progress_bar, text_table
 from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
@@ -220,7 +220,7 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): LoTLIP's, or a fast tokenizer that adds one first and one last token.
-        text (`str`): Text, cleaned by [`lotlip_hf.modeling.tokenization_lotlip.clean`].
+        text (`str`): Text, cleaned by [`lotlip_hf.modeling.cleaning_lotlip.clean`].
 
     Returns:
         `Words` or `None`: Token ids and word ids: 0 for the first token, 1 for the last, 2 for padding, 3 and more for

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -16,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 from ..files import one_line
 from ..images import WHITE, ImageSource, is_thin, load_image, load_pixels, resized_middle
 from ..loading import cached_commit, usable_device
-from .torch import SIMILARITY_WEIGHTS, Modality, tokenizer_settings
+from . import Modality
+from .torch import SIMILARITY_WEIGHTS, described, tokenizer_settings
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +70,14 @@ class OpenClipEngine:
         self._ends_in_class_token = getattr(tokenizer, "tokenizer_mode", None) == "clips"
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> str:
         """Device of the model."""
-        return next(self.model.parameters()).device
+        return str(next(self.model.parameters()).device)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """Type of the weights."""
-        return next(self.model.parameters()).dtype
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
         """Tokenises texts without padding. Returns the model's inputs as lists, and whether each text was cut."""
@@ -97,13 +99,13 @@ class OpenClipEngine:
             token_ids.append(row + end)
         return token_ids
 
-    def pad(self, encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def pad(self, encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, np.ndarray]:
         """Pads the tokens of B texts to [B, max_text_length]."""
         input_ids = encoded["input_ids"]
-        rows = torch.full((len(input_ids), self.max_text_length), self.pad_token_id)
+        rows = np.full((len(input_ids), self.max_text_length), self.pad_token_id, np.int64)
         for row, ids in zip(rows, input_ids, strict=True):
             words = len(ids) - self._ends_in_class_token
-            row[:words] = torch.tensor(ids[:words], dtype=row.dtype)
+            row[:words] = ids[:words]
             if self._ends_in_class_token:
                 row[-1] = ids[-1]
         return {"text": rows}
@@ -112,19 +114,32 @@ class OpenClipEngine:
         """Loads an image in memory as RGB. Raises an `ImageError` if it is damaged."""
         return load_image(image, name, image_processor=self.image_processor, background=WHITE)
 
-    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]:
+    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, np.ndarray]:
         """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
-        return load_pixels(image, name, image_processor=self.image_processor, background=WHITE)
+        pixels = load_pixels(image, name, image_processor=self.image_processor, background=WHITE)
+        return {key: np.asarray(values) for key, values in pixels.items()}
 
-    def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Computes features [B, P] of texts."""
-        with torch.inference_mode():
-            return self.model.encode_text(inputs["text"].to(self.device), normalize=False)
+    def embed(self, modality: Modality, inputs: Mapping[str, np.ndarray], pooled: bool = False) -> torch.Tensor:
+        """Starts to compute the embeddings [B, P] of a batch, normalised, on the device of the model."""
+        return nn.functional.normalize(self._run(modality, inputs), dim=-1)
 
-    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Computes features [B, P] of images."""
+    def fetch(self, batch: torch.Tensor) -> np.ndarray:
+        """Waits for a batch that `embed` started, and copies it to the CPU."""
+        return batch.cpu().numpy()
+
+    def features(self, modality: Modality, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Computes features [B, P] of a batch, not normalised, in float32 on the CPU."""
+        return self.fetch(self._run(modality, inputs))
+
+    def _run(self, modality: Modality, inputs: Mapping[str, np.ndarray]) -> torch.Tensor:
+        model: Any = self.model
+        device = next(model.parameters())
         with torch.inference_mode():
-            return self.model.encode_image(inputs["pixel_values"].to(self.device, self.dtype), normalize=False)
+            if modality == "text":
+                texts = torch.from_numpy(inputs["text"]).to(device.device)
+                return model.encode_text(texts, normalize=False).float()
+            images = torch.from_numpy(inputs["pixel_values"]).to(device)
+            return model.encode_image(images, normalize=False).float()
 
     def settings(self, modality: Modality) -> dict[str, Any]:
         """Everything apart from the weights that determines a modality's features."""
@@ -139,11 +154,11 @@ class OpenClipEngine:
         own["vocabulary"] = self.tokenizer.encoder if inner is None else tokenizer_settings(inner)
         return {"config": {**both, **self.model_cfg.get("text_cfg", {})}, "preparation": own}
 
-    def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights of a tower, sorted by name."""
+    def weights(self, modality: Modality) -> Iterator[tuple[str, np.ndarray]]:
+        """Name, type and shape, and bytes of each weight of a tower, sorted by name."""
         for name, tensor in sorted(self.model.state_dict().items()):
             if name not in SIMILARITY_WEIGHTS and name.startswith("visual.") == (modality == "image"):
-                yield name, tensor
+                yield described(name, tensor)
 
 
 class OpenClipImageProcessor:

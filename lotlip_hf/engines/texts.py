@@ -1,11 +1,17 @@
 """Tokenises many texts at once, each distinct word only once."""
 
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
 from ..modeling.calls_lotlip import own_backend
-from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+
+if TYPE_CHECKING:
+    from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 
 
 def encode_unpadded(
-    tokenizer: LoTLIPTokenizer, texts: list[str], max_length: int | None = None
+    tokenizer: "LoTLIPTokenizer", texts: list[str], max_length: int | None = None
 ) -> tuple[list[list[int]], list[bool]]:
     """
     Encodes many texts as token ids, like a call with `truncation=True`, and tells which texts were cut.
@@ -35,41 +41,59 @@ def encode_unpadded(
     """
     limit = tokenizer.model_max_length if max_length is None else max_length
     backend = own_backend(tokenizer.backend_tokenizer)
-    plain = backend.encode("a", add_special_tokens=False).ids
-    adds_cls_and_sep = backend.encode("a").ids == [tokenizer.cls_token_id, *plain, tokenizer.sep_token_id]
+    ends = tokenizer.cls_token_id, tokenizer.sep_token_id
     has_template = tokenizer.prompt_template != "{}"
-    if not texts or limit < 2 or has_template or not tokenizer.is_local_to_words() or not adds_cls_and_sep:
-        return _by_call(tokenizer, texts, max_length)
+    if not texts or limit < 2 or has_template or not tokenizer.is_local_to_words() or not adds_ends(backend, *ends):
+        encoding = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
+        return encoding["input_ids"], [bool(one.overflowing) for one in encoding.encodings or ()]
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return encode_words(backend, [tokenizer.sentences(text) for text in texts], limit, *ends)
+
+
+def adds_ends(backend: Tokenizer, cls_token_id: int, sep_token_id: int) -> bool:
+    """Whether a backend encodes a text between two special tokens, as BERT's does."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    return backend.encode("a").ids == [cls_token_id, *plain, sep_token_id]
+
+
+def encode_words(
+    backend: Tokenizer, texts: list[list[str]], limit: int, cls_token_id: int, sep_token_id: int
+) -> tuple[list[list[int]], list[bool]]:
+    """
+    Encodes texts by a backend whose tokens of a word do not depend on other words.
+
+    Args:
+        backend (`Tokenizer`): Backend, see [`~lotlip_hf.modeling.cleaning_lotlip.is_local_to_words`].
+        texts (`list[list[str]]`): Cleaned sentences of each text.
+        limit (`int`): Maximum length in tokens, special tokens included, at least 2.
+        cls_token_id (`int`): Token before each text.
+        sep_token_id (`int`): Token after each sentence.
+
+    Returns:
+        `tuple[list[list[int]], list[bool]]`: Ids of each text, and whether the text was cut.
+    """
     # Words of each text, with `None` for each separator between sentences.
     rows: list[list[str | None]] = []
-    for text in texts:
+    for sentences in texts:
         row: list[str | None] = []
-        for sentence in tokenizer.sentences(text):
+        for sentence in sentences:
             sentence.encode()  # raises an error for half a surrogate pair
             row += [*sentence.split(" "), None]
         rows.append(row[:-1])
-    vocabulary = list({word for row in rows for word in row[:limit] if word})
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    encodings = backend.encode_batch_fast(vocabulary, add_special_tokens=False)
-    ids_of = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
-    ids_of |= {"": [], None: [tokenizer.sep_token_id]}
+    ids_of: dict[str | None, list[int]] = {"": [], None: [sep_token_id]}
 
+    def learn(words: set[str | None]) -> None:
+        new = [word for word in words - ids_of.keys() if word]
+        encodings = backend.encode_batch_fast(new, add_special_tokens=False)
+        ids_of.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
+
+    learn({word for row in rows for word in row[:limit]})
     input_ids, was_cut = [], []
-    for text, row in zip(texts, rows, strict=True):
+    for row in rows:
         ids = [i for word in row[:limit] for i in ids_of[word]]
-        # If words without tokens, such as a zero-width space, leave too few ids, call the tokenizer.
-        if len(ids) <= limit - 2 and len(row) > limit:
-            (ids,), (cut,) = _by_call(tokenizer, [text], max_length)
-        else:
-            cut = len(ids) > limit - 2
-            ids = [tokenizer.cls_token_id, *ids[: limit - 2], tokenizer.sep_token_id]
-        input_ids.append(ids)
-        was_cut.append(cut)
+        if len(ids) <= limit - 2 and len(row) > limit:  # words without tokens, such as a zero-width space
+            learn(set(row))
+            ids = [i for word in row for i in ids_of[word]]
+        was_cut.append(len(ids) > limit - 2)
+        input_ids.append([cls_token_id, *ids[: limit - 2], sep_token_id])
     return input_ids, was_cut
-
-
-def _by_call(
-    tokenizer: LoTLIPTokenizer, texts: list[str], max_length: int | None
-) -> tuple[list[list[int]], list[bool]]:
-    encoding = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
-    return encoding["input_ids"], [bool(one.overflowing) for one in encoding.encodings or ()]

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ from ..loading import max_text_length
 from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from . import Modality
 from .texts import encode_unpadded
-
-Modality = Literal["image", "text"]
 
 # SigLIP's text tower pools the last position and has no mask, so texts are always padded to the full length.
 FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2")
@@ -35,44 +34,22 @@ CHANGEABLE = (
 )
 
 
-class TorchEngine:
+class ProcessorInputs:
     """
-    Engine for a model with CLIP's `get_text_features` and `get_image_features`.
+    Prepares texts and images by the processor of a model.
 
     Args:
-        model (`PreTrainedModel`): Dual encoder, or one of its towers.
+        model (`PreTrainedModel`): Dual encoder, or one of its towers, of which only `config` is used.
         processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
     """
 
-    libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
-
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.image_processor = getattr(processor, "image_processor", processor)
         self.background = background_of(processor)
         self.pads_to_full_length = model.config.model_type in FULL_LENGTH_MODEL_TYPES
-
-    @property
-    def name(self) -> str:
-        """Folder or Hub id of the model, or its class."""
-        return str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
-
-    @property
-    def revision(self) -> str | None:
-        """Commit of the model on the Hub, if known."""
-        return getattr(self.model.config, "_commit_hash", None)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.model.dtype
 
     @property
     def max_text_length(self) -> int:
@@ -96,8 +73,8 @@ class TorchEngine:
                 was_cut[index] = len(ids) > max_length
         return dict(encoded), was_cut
 
-    def pad(self, encoded: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
-        """Pads the tokens of B texts to the longest, or to the full length, as tensors [B, L]."""
+    def pad(self, encoded: dict[str, list[list[int]]]) -> dict[str, np.ndarray]:
+        """Pads the tokens of B texts to the longest, or to the full length, as int64 [B, L]."""
         padding: dict[str, Any] = {"padding": "longest"}
         if self.pads_to_full_length:
             padding = {"padding": "max_length", "max_length": self.max_text_length}
@@ -108,46 +85,16 @@ class TorchEngine:
             padded = self.tokenizer.pad(encoded, **padding)
         finally:
             self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
-        # NumPy converts lists several times as fast as `return_tensors="pt"`.
-        return {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in padded.items()}
+        return {key: np.asarray(rows, dtype=np.int64) for key, rows in padded.items()}
 
     def open(self, image: ImageSource, name: str) -> Image.Image:
         """Loads an image in memory as RGB, in the size that `pixels` needs, or raises an `ImageError`."""
         return load_image(image, name, image_processor=self.image_processor, background=self.background)
 
-    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]:
+    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, np.ndarray]:
         """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
-        return load_pixels(image, name, image_processor=self.image_processor, background=self.background)
-
-    def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Computes features [B, P] of texts."""
-        return self._features(self.model.get_text_features, inputs)
-
-    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Computes features [B, P] of images."""
-        return self._features(self.model.get_image_features, inputs)
-
-    def pooled_states(self, modality: Modality, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Computes the pooled states [B, pooled_size] of a LoTLIP tower, before its projection."""
-        return self._features(self.model.text_model if modality == "text" else self.model.vision_model, inputs)
-
-    def _features(self, function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Runs in evaluation and inference mode."""
-        inputs = self.on_device(inputs)
-        # Stock models have no option to compute only the pooled token.
-        options = {"pooled_only": True} if isinstance(self.model, LoTLIPModel) else {}
-        with evaluating(self.model), torch.inference_mode():
-            output = function(**inputs, **options)
-            return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inputs on the device of the model, and images in the dtype of the image tower."""
-        # Only images are floats. The text tower may have another dtype.
-        dtype = getattr(self.model, "vision_model", self.model).dtype
-        return {
-            key: values.to(self.device, dtype if values.is_floating_point() else None)
-            for key, values in inputs.items()
-        }
+        pixels = load_pixels(image, name, image_processor=self.image_processor, background=self.background)
+        return {key: np.asarray(values) for key, values in pixels.items()}
 
     def settings(self, modality: Modality) -> dict[str, Any]:
         """Everything apart from the weights that determines a modality's features."""
@@ -162,13 +109,91 @@ class TorchEngine:
             "preparation": {name: value for name, value in preparation.items() if value is not None},
         }
 
-    def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights of a tower, sorted by name, or of the whole model if no name has a prefix of the image tower."""
+
+class TorchEngine(ProcessorInputs):
+    """
+    Engine for a model with CLIP's `get_text_features` and `get_image_features`.
+
+    Args:
+        model (`PreTrainedModel`): Dual encoder, or one of its towers.
+        processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
+    """
+
+    libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
+    model: PreTrainedModel
+
+    @property
+    def name(self) -> str:
+        """Folder or Hub id of the model, or its class."""
+        return str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the model on the Hub, if known."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
+    def device(self) -> str:
+        """Device of the model."""
+        return str(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the weights."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def embed(self, modality: Modality, inputs: Mapping[str, np.ndarray], pooled: bool = False) -> torch.Tensor:
+        """
+        Starts to compute the embeddings [B, P] of a batch, normalised, on the device of the model. With `pooled`, they
+        are the pooled states [B, pooled_size] of a LoTLIP tower, before its projection, not normalised.
+        """
+        if pooled:
+            return self._run(self.model.text_model if modality == "text" else self.model.vision_model, inputs)
+        features = self._run(getattr(self.model, f"get_{modality}_features"), inputs)
+        return torch.nn.functional.normalize(features, dim=-1)
+
+    def fetch(self, batch: torch.Tensor) -> np.ndarray:
+        """Waits for a batch that `embed` started, and copies it to the CPU."""
+        return batch.cpu().numpy()
+
+    def features(self, modality: Modality, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Computes features [B, P] of a batch, not normalised, in float32 on the CPU."""
+        return self.fetch(self._run(getattr(self.model, f"get_{modality}_features"), inputs))
+
+    def _run(self, function: Any, inputs: Mapping[str, np.ndarray]) -> torch.Tensor:
+        """Runs in evaluation and inference mode. Returns [B, ...] in float32 on the device."""
+        # Stock models have no option to compute only the pooled token.
+        options = {"pooled_only": True} if isinstance(self.model, LoTLIPModel) else {}
+        with evaluating(self.model), torch.inference_mode():
+            output = function(**self.on_device(inputs), **options)
+            return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
+
+    def on_device(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """The inputs as tensors on the device of the model, and images in the dtype of the image tower."""
+        # Only images are floats. The text tower may have another dtype.
+        dtype = getattr(self.model, "vision_model", self.model).dtype
+        tensors = {key: torch.from_numpy(values) for key, values in inputs.items()}
+        return {
+            key: values.to(self.model.device, dtype if values.is_floating_point() else None)
+            for key, values in tensors.items()
+        }
+
+    def weights(self, modality: Modality) -> Iterator[tuple[str, np.ndarray]]:
+        """
+        Name, type and shape, and bytes of each weight of a tower, sorted by name, or of the whole model if no name has
+        a prefix of the image tower.
+        """
         weights = {name: one for name, one in self.model.state_dict().items() if name not in SIMILARITY_WEIGHTS}
         of_images = {name for name in weights if name.startswith(IMAGE_WEIGHTS)}
         for name in sorted(weights):
             if not of_images or (name in of_images) == (modality == "image"):
-                yield name, weights[name]
+                yield described(name, weights[name])
+
+
+def described(name: str, weight: torch.Tensor) -> tuple[str, np.ndarray]:
+    """Name, type and shape of a weight, and its bytes."""
+    content = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{name} {weight.dtype} {list(weight.shape)}", content
 
 
 @contextlib.contextmanager

@@ -58,10 +58,10 @@ def composed_score(
     engine, parts = encoder.engine, list(parts)
     whole = engine.open(image, str(image) if isinstance(image, str | os.PathLike) else "image")
     pixels = [engine.pixels(one) for one in (whole, *(only_boxes(whole, boxes) for _, boxes in parts))]
-    inputs = {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
-    features = engine.image_features(inputs).float().cpu()
+    inputs = {name: np.concatenate([one[name] for one in pixels]) for name in pixels[0]}
+    features = torch.from_numpy(engine.features("image", inputs))
     encoded, _ = engine.tokenize([text, *(words for words, _ in parts)], encoder.max_text_length)
-    text_features = engine.text_features(engine.pad(encoded)).float().cpu()
+    text_features = torch.from_numpy(engine.features("text", engine.pad(encoded)))
     composed = composed_features(features[0], features[1:], text_features[1:])
     return F.cosine_similarity(composed, text_features[0], dim=0).item()
 

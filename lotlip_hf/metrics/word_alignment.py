@@ -117,7 +117,7 @@ def tokenize(engine: TorchEngine, texts: Sequence[str]) -> tuple[dict[str, Tenso
     encoded = for_one_call(tokenizer)(texts, return_offsets_mapping=True, **options)
     num_cut = sum(bool(one.overflowing) for one in encoded.encodings or ())
     offsets = encoded.pop("offset_mapping")
-    inputs = {name: values.to(engine.device) for name, values in engine.pad(dict(encoded)).items()}
+    inputs = engine.on_device(engine.pad(dict(encoded)))
     spans = []
     for text, own in zip(texts, offsets, strict=True):
         own, padding = original_offsets(tokenizer, text, own), [(0, 0)] * (inputs["input_ids"].shape[1] - len(own))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -133,9 +134,11 @@ class EncoderTeacher(Teacher):
         return embeds.unflatten(0, (len(texts), -1))
 
     def _image_embeds(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        features = self.encoder.engine.image_features
-        chunks = (features(chunk).float().clone() for chunk in _chunks(inputs, self.config.grad_cache_chunk))
-        return F.normalize(torch.cat([*chunks]), dim=-1)
+        engine, rows = self.encoder.engine, []
+        for chunk in _chunks(inputs, self.config.grad_cache_chunk):
+            arrays = {name: values.cpu().numpy() for name, values in chunk.items()}
+            rows.append(torch.from_numpy(engine.fetch(engine.embed("image", arrays))))
+        return torch.cat(rows)
 
     def _computed(self, texts: Iterable[str]) -> torch.Tensor:
         rows = {index: (embedding, was_cut) for index, embedding, was_cut in self.encoder.iterate_texts(texts)}
@@ -230,9 +233,10 @@ def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterator[di
 # Functions that the collator calls, at module level because its processes pickle them.
 
 
-def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Prepares the image for the teacher's encoder."""
-    return pixels(record["image"], f"record {record['id']}")
+    inputs = pixels(record["image"], f"record {record['id']}")
+    return {name: torch.from_numpy(values) for name, values in inputs.items()}
 
 
 def _image_key(record: Record) -> dict[str, str]:

@@ -4,6 +4,9 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from PIL import Image
 from torch.onnx._internal.exporter import _onnx_program
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
+import lotlip_hf.engines.exported
 import lotlip_hf.engines.onnx
 import tiny
 import tiny_clip
@@ -40,7 +44,8 @@ from lotlip_hf.conversion import clip as clip_conversion
 from lotlip_hf.conversion import onnx as onnx_conversion
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.onnx import convert, main
-from lotlip_hf.engines.onnx import LoTLIPOnnxModel
+from lotlip_hf.engines.exported import load_exported
+from lotlip_hf.engines.onnx import open_tower
 from lotlip_hf.images import official_image_processor
 
 pytestmark = pytest.mark.slow
@@ -108,6 +113,11 @@ def padded_texts(config: Any, lengths: list[int], width: int, side: str) -> dict
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
+def features(run: Callable[[dict[str, np.ndarray]], np.ndarray], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a tower computes for tensors."""
+    return torch.from_numpy(run({name: values.numpy() for name, values in batch.items()}))
+
+
 def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Encoder, Encoder], golden: Path) -> None:
     encoder, exported = pair
     pictures = sorted((golden / "images").glob("*.png"))
@@ -123,49 +133,19 @@ def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Encoder, Encoder
 
 @torch.no_grad()
 def test_features_are_pytorchs_for_any_batch_length_and_padding(pair: tuple[Encoder, Encoder]) -> None:
-    model, onnx_model = (encoder.engine.model for encoder in pair)
+    (_, model), engine = pair[0].lotlip(), pair[1].engine
     config = model.config.text_config
     limit = config.max_position_embeddings
     sizes = [([1], 1), ([2], 2), ([2, 1], 2), ([limit, 1, 2, 30], limit), ([limit, 5], limit + 4), ([9] * 6, 9)]
     for (lengths, width), side in itertools.product(sizes, ("right", "left")):
         batch = padded_texts(config, lengths, width, side)
         expected = model.get_text_features(**batch).pooler_output
-        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
+        torch.testing.assert_close(features(partial(engine.features, "text"), batch), expected, **FEATURES)
     size = model.config.vision_config.image_size
     for count in (1, 4):
-        pixel_values = torch.randn(count, 3, size, size)
-        expected = model.get_image_features(pixel_values).pooler_output
-        torch.testing.assert_close(onnx_model.get_image_features(pixel_values).pooler_output, expected, **FEATURES)
-
-
-@torch.no_grad()
-def test_texts_and_images_are_compared_as_in_pytorch(pair: tuple[Encoder, Encoder]) -> None:
-    model, onnx_model = (encoder.engine.model for encoder in pair)
-    images = [Image.new("RGB", (40, 50), color) for color in ("red", "white", "navy")]
-    batch = pair[1].engine.processor(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
-    expected, answer = model(**batch), onnx_model(**batch)
-    assert answer.keys() == {"logits_per_image", "logits_per_text", "text_embeds", "image_embeds"}
-    scale = model.logit_scale.exp().item()
-    for name, value in answer.items():
-        # logits are cosines times a factor
-        tolerance = 1e-5 * (scale if name.startswith("logits") else 1)
-        torch.testing.assert_close(value, expected[name], atol=tolerance, rtol=0)
-    assert torch.equal(onnx_model.logit_scale, model.logit_scale)
-
-
-@torch.no_grad()
-def test_nested_texts_and_the_mask_that_is_left_out(pair: tuple[Encoder, Encoder]) -> None:
-    model, onnx_model = (encoder.engine.model for encoder in pair)
-    config = model.config.text_config
-    batch = padded_texts(config, [4, 11, 7, 11, 2, 3], 11, "right")
-    input_ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, config.pad_token_id)
-    nested = {"input_ids": input_ids, "attention_mask": batch["attention_mask"]}
-    nested = {name: tensor.unflatten(0, (2, 3)) for name, tensor in nested.items()}
-    for inputs in (nested, {"input_ids": input_ids}):
-        expected = model.get_text_features(**inputs).pooler_output
-        torch.testing.assert_close(onnx_model.get_text_features(**inputs).pooler_output, expected, **FEATURES)
-    with pytest.raises(ValueError, match="`token_type_ids`"):
-        onnx_model.get_text_features(input_ids, token_type_ids=torch.ones_like(input_ids))
+        batch = {"pixel_values": torch.randn(count, 3, size, size)}
+        expected = model.get_image_features(**batch).pooler_output
+        torch.testing.assert_close(features(partial(engine.features, "image"), batch), expected, **FEATURES)
 
 
 def test_the_files_say_what_they_are(exported: Path, official_checkpoint: Path, repository: Path) -> None:
@@ -256,14 +236,13 @@ def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
     assert [tower.file for tower in written.towers] == ["text_model.onnx"]
     assert written.towers[0].difference < 1e-6
     assert written.processor == ()
-    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
-    assert onnx_model.dtype == torch.float32
+    run = open_tower(tmp_path / "onnx", "text")
     model.float()
     for lengths, width, side in (([1], 1, "right"), ([8, 3], 8, "right"), ([40, 2, 5], 43, "left")):
         batch = padded_texts(model.config, lengths, width, side)
         with torch.no_grad():
             expected = model(**batch).pooler_output
-        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
+        torch.testing.assert_close(features(run, batch), expected, **FEATURES)
     with pytest.raises(ConversionError, match="vision"):
         convert(tmp_path / "tower", tmp_path / "other", towers=("vision",))
     assert not (tmp_path / "other").exists()
@@ -301,12 +280,12 @@ def test_families_of_text_encoders(
     assert written.towers[0].difference < 1e-5
     if quantize is not None:
         return
-    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
+    run = open_tower(tmp_path / "onnx", "text")
     for lengths, width, side in (([1], 1, "right"), ([8, 3], 8, "right"), ([20, 2, 5], 23, "left")):
         batch = padded_texts(config, lengths, width, side)
         with torch.no_grad():
             expected = model(**batch).text_embeds
-        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
+        torch.testing.assert_close(features(run, batch), expected, **FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -323,14 +302,13 @@ def test_families_of_image_encoders(tmp_path: Path, name: str, pooling: str, lay
     model = LoTLIPVisionModelWithProjection(family.config(pooling=pooling, pooled_layers=layers, projection_dim=24))
     saved(model, tmp_path / "tower")
     assert convert(tmp_path / "tower", tmp_path / "onnx").towers[0].difference < 1e-5
-    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
+    run = open_tower(tmp_path / "onnx", "vision")
     any_size = model.config.family.any_size_in_onnx
-    assert (onnx_model.image_shape == [3, "height", "width"]) == any_size
     for size in [(32, 32), (48, 24)] if any_size else [(32, 32)]:
         images = torch.randn(3, 3, *size)
         with torch.no_grad():
             expected = model(images).image_embeds
-        torch.testing.assert_close(onnx_model.get_image_features(images).pooler_output, expected, **FEATURES)
+        torch.testing.assert_close(features(run, {"pixel_values": images}), expected, **FEATURES)
 
 
 def test_a_family_that_has_no_graph(tmp_path: Path) -> None:
@@ -366,9 +344,9 @@ def test_a_dinov2_takes_what_its_processor_makes(tmp_path: Path, official_checkp
     for size in ((32, 32), (40, 40), (8, 16), (48, 24)):
         pixel_values = torch.randn(2, 3, *size)
         with torch.no_grad():
-            features = model.get_image_features(pixel_values).pooler_output
-        answer = exported.engine.model.get_image_features(pixel_values).pooler_output
-        torch.testing.assert_close(answer, features, **FEATURES)
+            expected = model.get_image_features(pixel_values).pooler_output
+        answer = features(partial(exported.engine.features, "image"), {"pixel_values": pixel_values})
+        torch.testing.assert_close(answer, expected, **FEATURES)
 
 
 # Refused: nothing is written
@@ -382,8 +360,8 @@ def test_images_that_the_tower_does_not_take(tmp_path: Path, official_checkpoint
     assert not (tmp_path / "onnx").exists()
     shutil.copytree(exported, tmp_path / "old")
     shutil.copy(folder / "processor_config.json", tmp_path / "old")
-    with pytest.raises(ValueError, match="old: .*32 x 32 .*24 x 24"):
-        load_encoder(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"vision_model\.onnx: .*24.*32.*Export"):
+        load_encoder(tmp_path / "old").encode_images([Image.new("RGB", (40, 40))], progress=False)
 
 
 @pytest.mark.parametrize("other", ["one percent more", "not a number"])
@@ -439,14 +417,16 @@ def test_wrong_arguments(tmp_path: Path, official_checkpoint: Path, monkeypatch:
 def test_missing_packages_are_named_in_one_line(
     tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = lotlip_hf.engines.onnx.find_spec
-    monkeypatch.setattr(
-        lotlip_hf.engines.onnx, "find_spec", lambda name: None if name in ("onnxscript", "onnxruntime") else find(name)
-    )
+    def find(name: str) -> Any:
+        return None if name in ("onnxscript", "onnxruntime") else find_spec(name)
+
+    monkeypatch.setattr(lotlip_hf.engines.onnx, "find_spec", find)
+    monkeypatch.setattr(lotlip_hf.engines.exported, "find_spec", find)
     assert main(["--model", str(official_checkpoint), "--output", str(tmp_path / "onnx")]) == 2
     assert "onnxscript, onnxruntime: pip install 'lotlip-hf[onnx]'" in capsys.readouterr().err
+    (tmp_path / "text_model.onnx").touch()
     with pytest.raises(ImportError, match=r"onnxruntime: pip install 'lotlip-hf\[onnx\]'"):
-        LoTLIPOnnxModel.from_pretrained(tmp_path)
+        load_encoder(tmp_path)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -477,40 +457,32 @@ def test_commands_take_an_export(
 
 
 def test_folders_that_cannot_be_opened(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"text_model\.onnx"):
-        LoTLIPOnnxModel.from_pretrained(official_checkpoint)
-    with pytest.raises(ValueError, match="`providers`: NoExecutionProvider"):
-        LoTLIPOnnxModel.from_pretrained(exported, providers=[("NoExecutionProvider", {}), "CPUExecutionProvider"])
+    with pytest.raises(FileNotFoundError, match="lotlip convert onnx"):
+        load_exported(str(official_checkpoint))
     broken = shutil.copytree(exported, tmp_path / "broken")
     (broken / "vision_model.onnx").write_bytes((exported / "vision_model.onnx").read_bytes()[:-100])
+    encoder = load_encoder(broken)
+    assert encoder.encode_texts(TEXTS, progress=False).shape == (len(TEXTS), encoder.dim)
     with pytest.raises(ValueError, match=r"vision_model\.onnx"):
+        encoder.encode_images([Image.new("RGB", (40, 40))], progress=False)
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_encoder(broken)
     (broken / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    (broken / "tokenizer.json").write_bytes((exported / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=r"config\.json .*'clip'"):
         load_encoder(broken)
 
 
-def test_session_options_are_used(exported: Path) -> None:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 3
-    for opened, threads in (
-        (LoTLIPOnnxModel.from_pretrained(exported, ["CPUExecutionProvider"], options), 3),
-        (LoTLIPOnnxModel.from_pretrained(exported), torch.get_num_threads()),
-    ):
-        sessions = opened.sessions.values()
-        assert {one.get_session_options().intra_op_num_threads for one in sessions} == {threads}
-        assert {one.get_providers()[0] for one in sessions} == {"CPUExecutionProvider"}
-
-
 def test_it_stays_where_it_is(exported: Path) -> None:
-    model = LoTLIPOnnxModel.from_pretrained(exported)
-    assert model.to("cpu") is model.to(torch.float32) is model
-    with pytest.raises(ValueError, match="cuda.*CUDAExecutionProvider"):
-        model.to("cuda")
-    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+    encoder = load_encoder(exported, device=torch.device("cpu"), dtype=torch.float32)
+    assert (encoder.device, encoder.dtype) == (torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="bfloat16"):
         load_encoder(exported, dtype="bfloat16")
     with pytest.raises(ValueError, match="`device` 'nowhere'"):
         load_encoder(exported, device="nowhere")
+    with pytest.raises(ValueError, match="not a LoTLIP"):
+        list(encoder.iterate_texts(["a"], pooled=True))
 
 
 # torch.export

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -245,9 +246,13 @@ def test_default_limits_end_where_the_model_does(lotlip: Encoder, clip: Encoder)
 def test_a_model_without_flops(lotlip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as one on ONNX Runtime: PyTorch sees no products
     rows_of_unit_matrix = torch.eye(lotlip.dim)
-    monkeypatch.setattr(
-        lotlip.engine, "text_features", lambda inputs: rows_of_unit_matrix[inputs["input_ids"][:, 1] % lotlip.dim]
-    )
+    embed = lotlip.engine.embed
+
+    def embed_texts(modality: str, inputs: dict[str, np.ndarray], pooled: bool) -> torch.Tensor:
+        rows = inputs["input_ids"][:, 1] % lotlip.dim if modality == "text" else None
+        return embed(modality, inputs, pooled) if rows is None else rows_of_unit_matrix[rows]
+
+    monkeypatch.setattr(lotlip.engine, "embed", embed_texts)
     rows = length_study(lotlip, retrieval_data(), [5, 20], progress=False)
     assert [row["text_flops"] for row in rows] == [None, None]
     plot_length_study(rows, tmp_path / "length.png")

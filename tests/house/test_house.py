@@ -88,7 +88,7 @@ def project_files() -> list[Path]:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "modeling").glob("*.py")), ids=lambda path: path.name)
 def test_modeling_imports_only_what_remote_code_may(path: Path) -> None:
     allowed = MODELING_IMPORTS | set(sys.stdlib_module_names)
-    if path.name == "tokenization_lotlip.py":
+    if path.name == "cleaning_lotlip.py":
         allowed = allowed | {"ftfy"}
     for line, name in imports(path):
         if name.startswith("."):

@@ -142,9 +142,9 @@ def test_the_score_of_a_picture(encoder: Encoder) -> None:
     parts = [("red", boxes[:1]), ("a star", boxes[1:]), ("is beside", boxes)]
     engine = encoder.engine
     blackened = [picture, *(only_boxes(picture, one) for _, one in parts)]
-    features = torch.cat([engine.image_features(engine.pixels(one)) for one in blackened])
+    features = torch.cat([torch.from_numpy(engine.features("image", engine.pixels(one))) for one in blackened])
     inputs, _ = engine.tokenize([text, *(words for words, _ in parts)], 64)
-    words = engine.text_features(engine.pad(inputs))
+    words = torch.from_numpy(engine.features("text", engine.pad(inputs)))
     expected = F.cosine_similarity(composed_features(features[0], features[1:], words[1:]), words[0], dim=0)
     assert composed_score(picture, text, parts, encoder) == pytest.approx(expected.item(), abs=1e-5)
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
 from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.engines.texts import encode_unpadded
-from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
+from lotlip_hf.modeling.cleaning_lotlip import NEEDS_REPAIR, clean
 from stale import CALL_STATE, is_clean, make_stale
 from tiny_tokenizers import (
     GOLDEN,
