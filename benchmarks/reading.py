@@ -26,7 +26,7 @@ from sklearn.datasets import load_sample_images
 
 from lotlip_hf.data.augment import Augment, crop_size, load_augmented
 from lotlip_hf.data.readers import read_rows
-from lotlip_hf.images import load_pixels, official_image_processor
+from lotlip_hf.images import load_pixels, official_image_processor, plain_image_processor
 from measure import RESULTS as FOLDER
 from measure import in_turns, keep, machine
 
@@ -57,20 +57,20 @@ def make_shard(file: Path, size: tuple[int, int], count: int) -> None:
 
 def ours(file: Path) -> Iterator[torch.Tensor]:
     """Reads with this package, as training does."""
-    image_processor = official_image_processor(SIDE)
+    image_processor = plain_image_processor(official_image_processor(SIDE))
     for row in read_rows(file):
         assert isinstance(row, dict)
-        yield load_pixels(row["image"], image_processor=image_processor)["pixel_values"][0]
+        yield torch.as_tensor(load_pixels(row["image"], image_processor=image_processor)["pixel_values"])[0]
 
 
 def ours_augmented(file: Path) -> Iterator[torch.Tensor]:
     """Reads with this package and `--augment crop:0.5 flip:0.5`."""
-    image_processor = official_image_processor(SIDE)
+    image_processor = plain_image_processor(official_image_processor(SIDE))
     arguments: dict[str, Any] = {"image_processor": image_processor, "background": "white"}
     arguments |= {"augment": Augment(crop=SHARE, flip=0.5), "size": crop_size(image_processor)}
     for number, row in enumerate(read_rows(file)):
         assert isinstance(row, dict)
-        yield load_augmented(row["image"], "", rng=Random(number), **arguments)[0]["pixel_values"][0]
+        yield torch.as_tensor(load_augmented(row["image"], "", rng=Random(number), **arguments)[0]["pixel_values"])[0]
 
 
 def pillow(file: Path) -> Iterator[torch.Tensor]:

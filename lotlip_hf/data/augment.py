@@ -1,5 +1,6 @@
 """Random changes of training images: a crop, a mirror image, shades of grey and other colours."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -191,8 +192,9 @@ def load_augmented(
     if not augment.crop:
         return load_sized_pixels(augment(image, rng), name, image_processor=image_processor)
     cropped = augment(image, rng, size, image_processor.resample)
-    pixels = image_processor(images=[cropped], do_resize=False, do_center_crop=False, return_tensors="pt")
-    return dict(pixels), image.size
+    unsized = copy.copy(image_processor)
+    unsized.do_resize = unsized.do_center_crop = False
+    return dict(unsized(images=[cropped], return_tensors="pt")), image.size
 
 
 def _jittered(image: Image.Image, strength: float, rng: Random) -> Image.Image:

@@ -11,7 +11,14 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from transformers import ProcessorMixin
 
-from ..images import ImageError, background_of, kept_box, load_image, load_sized_pixels
+from ..images import (
+    ImageError,
+    background_of,
+    kept_box,
+    load_image,
+    load_sized_pixels,
+    plain_image_processor,
+)
 from .augment import Augment, crop_size, load_augmented
 from .kept import digest_of
 from .masking import Masking, WordScores, noise_probability, prediction_probability
@@ -221,7 +228,7 @@ class LoTLIPCollator:
             `KeyError`: If the records lack a required field.
             `ValueError`: If the records lack captions that `draw` needs.
         """
-        image_processor = getattr(self.processor, "image_processor", self.processor)
+        image_processor = plain_image_processor(getattr(self.processor, "image_processor", self.processor))
         of_image = {"image_processor": image_processor, "background": background_of(self.processor)}
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
@@ -272,7 +279,7 @@ class LoTLIPCollator:
         if "image" in self.frozen:
             batch["image_keys"] = images
         else:
-            batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
+            batch |= {name: torch.cat([torch.as_tensor(image[name]) for image in images]) for name in images[0]}
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         negatives = [
