@@ -52,7 +52,7 @@ RELABEL_REQUIRES = ["openai>=1.98"]
 # HEIC and HEIF pictures (lotlip_hf/images.py).
 HEIF_REQUIRES = ["pillow-heif>=1.0"]
 
-# The demo (examples/space).
+# The page of `lotlip demo` (lotlip_hf/demo.py, examples/space).
 SPACE_REQUIRES = ["gradio>=6.0"]
 
 ALL_REQUIRES = [

@@ -4,12 +4,12 @@
     python benchmarks/peak.py --batch-size 256 --only sdpa compiled
     python benchmarks/peak.py --device cpu --batch-size 8
 
-All ways to compute take turns in one run, meant to take less than five minutes on a GPU: padded texts with
-sdpa, texts in a row with unpadded or flex attention, and padded texts compiled. The model has the shape of the released
-model. Images and texts are random; texts have from half to all of the tokens. The share is the operations per second
-that texts without padding need (with those that gradient checkpointing repeats), divided by those of large matrix
-products. The training step is also compared with that of the official recipe, which pads short and long texts to 128
-tokens. The result is appended to `benchmarks/results/peak.jsonl`.
+All ways to compute take turns in one run, meant to take less than five minutes on a GPU: padded texts with sdpa, texts
+in a row with unpadded or flex attention, and padded texts compiled. The model has the shape of the released model.
+Images and texts are random; texts have from half to all of the tokens. The share is the operations per second that
+texts without padding need (with those that gradient checkpointing repeats), divided by those of large matrix products.
+The training step is also compared with that of the official recipe, which pads short and long texts to 128 tokens. The
+result is appended to `benchmarks/results/peak.jsonl`.
 """
 
 import argparse

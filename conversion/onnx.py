@@ -17,40 +17,43 @@ entities, and encode a text that is only "[SEP]" as the special token. Repair te
 `lotlip_hf.modeling.cleaning_lotlip.clean`.
 """
 
-import contextlib
-import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf import LoTLIPModel
 from lotlip_hf.engines.onnx import FILES, missing_packages, open_tower
 from lotlip_hf.files import all_or_nothing, one_line
-from lotlip_hf.images import load_pixels
-from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, checked_length, load_checkpoint, local_folder, random_texts
+from .common import ConversionError, check_output
+from .towers import (
+    INPUTS,
+    LEAST_COSINE,
+    OUTPUTS,
+    TOLERANCE,
+    Tower,
+    features_of,
+    images_to_check,
+    largest_difference,
+    load_towers,
+    texts_to_check,
+    tower_configs,
+    without_messages,
+    write_settings,
+)
 
-# Largest accepted difference from PyTorch's features, relative to a feature's norm.
-TOLERANCE = 1e-4
-# Smallest accepted cosine between quantised features and PyTorch's.
-LEAST_COSINE = 0.98
 # First version with attention as one operator, which ONNX Runtime computes without storing the attention weights.
 OPSET = 23
 # Key of the metadata of both files: the logarithm of the factor on the cosine similarities.
 LOGIT_SCALE = "logit_scale"
-INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
-OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 
 
 @dataclass(frozen=True)
@@ -88,25 +91,6 @@ class OnnxCheckpoint:
     opset: int
     towers: tuple[OnnxTower, ...]
     processor: tuple[str, ...]
-
-
-class _Tower(nn.Module):
-    """A tower as a module that maps its inputs, in order, to features [B, P]."""
-
-    def __init__(self, model: PreTrainedModel, tower: str) -> None:
-        super().__init__()
-        self.model = model
-        self.tower = tower
-        self.eval()
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        named = dict(zip(INPUTS[self.tower], inputs, strict=True))
-        if isinstance(self.model, LoTLIPModel):
-            function = self.model.get_text_features if self.tower == "text" else self.model.get_image_features
-            return function(**named, pooled_only=True).pooler_output
-        outputs = self.model(**named)
-        name = OUTPUTS[self.tower]
-        return outputs[name] if name in outputs else outputs.pooler_output
 
 
 def convert(
@@ -151,62 +135,15 @@ def convert(
     if quantize not in (None, "int8"):
         raise ConversionError(f"--quantize {quantize} is not supported. Use int8.")
     target = check_output(output)
-    model = local_folder(model)
-    lotlip = load_checkpoint(model).float().eval()
-    configs = _tower_configs(lotlip)
-    chosen = [tower for tower in configs if tower in towers]
-    if not chosen:
-        raise ConversionError(f"{model} is a {type(lotlip).__name__} without a {' or '.join(towers)} tower.")
-    for tower in chosen:
-        if configs[tower].family.no_onnx:
-            encoder = configs[tower].backbone_config.model_type
-            others = [f"--{name}-only" for name in configs if not configs[name].family.no_onnx]
-            advice = f" Export the other tower with {others[0]}." if others else ""
-            raise ConversionError(f"{encoder} cannot be exported to ONNX: {configs[tower].family.no_onnx}.{advice}")
-    processors = _load_processors(model)
-    for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            fit_tokenizer(lotlip, tokenizer)
+    lotlip, processors, chosen = load_towers(model, towers, "ONNX")
 
     with all_or_nothing(target) as folder:
-        folder.mkdir()
-        lotlip.config.save_pretrained(folder)
-        _name_no_model_code(folder / "config.json")
-        for processor in processors:
-            processor.save_pretrained(folder)
+        write_settings(lotlip, processors, folder)
         written = []
         for tower in chosen:
             report(f"Exporting {FILES[tower]} ...")
             written.append(_write_tower(lotlip, tower, processors, folder, quantize, opset, report))
     return OnnxCheckpoint(Path(output), opset, tuple(written), tuple(type(one).__name__ for one in processors))
-
-
-def _name_no_model_code(file: Path) -> None:
-    """Removes model classes from `auto_map`, because the folder contains only the code of the configuration."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        if part and "auto_map" in part:
-            part["auto_map"] = {"AutoConfig": part["auto_map"]["AutoConfig"]}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _tower_configs(lotlip: PreTrainedModel) -> dict[str, Any]:
-    """Configurations of the model's towers."""
-    config = lotlip.config
-    if isinstance(config, LoTLIPTextConfig):
-        return {"text": config}
-    if isinstance(config, LoTLIPVisionConfig):
-        return {"vision": config}
-    return {"text": config.text_config, "vision": config.vision_config}
-
-
-def _load_processors(folder: Path) -> list[Any]:
-    """Loads the checkpoint's processor, or its tokenizer and image processor."""
-    classes = {"processor_config.json": AutoProcessor}
-    if not (folder / "processor_config.json").is_file():
-        classes = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
-    with naming_damage(str(folder)):
-        return [one.from_pretrained(folder) for name, one in classes.items() if (folder / name).is_file()]
 
 
 def _write_tower(
@@ -219,9 +156,9 @@ def _write_tower(
     report: Callable[[str], None],
 ) -> OnnxTower:
     file = folder / FILES[tower]
-    module = _Tower(lotlip, tower)
-    config = _tower_configs(lotlip)[tower]
-    batches = _texts(config) if tower == "text" else _images(config, processors)
+    module = Tower(lotlip, tower)
+    config = tower_configs(lotlip)[tower]
+    batches = texts_to_check(config) if tower == "text" else images_to_check(config, processors)
     try:
         with torch.inference_mode():
             expected = [module(*batch) for batch in batches]
@@ -232,7 +169,7 @@ def _write_tower(
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = file if quantize is None else Path(temporary) / file.name
         _export(module, tower, batches[0], opset, full)
-        difference = _largest_difference(_run(full, tower, batches), expected)
+        difference = largest_difference(features_of(open_tower, full.parent, tower, batches), expected)
         report(f"  features differ from PyTorch's by at most {difference:.1e} of their norm")
         if not difference <= TOLERANCE:
             raise ConversionError(
@@ -242,7 +179,7 @@ def _write_tower(
         cosine = None
         if quantize is not None:
             _quantize(full, file)
-            features = torch.cat(_run(file, tower, batches))
+            features = torch.cat(features_of(open_tower, file.parent, tower, batches))
             cosine = nn.functional.cosine_similarity(features, torch.cat(expected)).min().item()
             report(f"  int8: cosines to PyTorch's features of at least {cosine:.4f}")
             if not cosine >= LEAST_COSINE:
@@ -254,12 +191,12 @@ def _write_tower(
     return OnnxTower(file.name, size, difference, cosine)
 
 
-def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
+def _export(module: Tower, tower: str, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
     """Writes the graph and the weights. Weights that are too large for the file go to a second file."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     # Use no sizes that the exporter would fix: 0, 1, and for any size the configured size and squares.
-    config = _tower_configs(module.model)[tower]
+    config = tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
         sizes: Any = {0: "batch", 1: "length"}
@@ -270,7 +207,7 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
         example = (torch.zeros(2, *batch[0].shape[1:]),)
         sizes = {0: "batch"}
     try:
-        with _quiet(), torch.no_grad():
+        with without_messages(), torch.no_grad():
             program: Any = torch.onnx.export(
                 module,
                 example,
@@ -304,7 +241,7 @@ def _quantize(full: Path, file: Path) -> None:
     graph = onnx.load(full, load_external_data=False)
     graph.graph.ClearField("value_info")
     onnx.save(graph, full)
-    with _quiet():
+    with without_messages():
         quantize_dynamic(
             full,
             file,
@@ -319,61 +256,6 @@ def _quantize(full: Path, file: Path) -> None:
 def _data_file(file: Path) -> Path:
     """File for weights that do not fit into `file`, because protobuf is limited to 2 GB."""
     return file.with_name(f"{file.name}.data")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Context without messages of the exporter and the quantiser."""
-    disabled = logging.root.manager.disable
-    handler = logging.NullHandler()  # keeps the quantiser from adding handlers
-    logging.root.addHandler(handler)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), quiet():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        logging.root.removeHandler(handler)
-
-
-def _run(file: Path, tower: str, batches: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """Features of each batch from ONNX Runtime."""
-    run = open_tower(file.parent, tower)
-    named = (dict(zip(INPUTS[tower], (one.numpy() for one in batch), strict=True)) for batch in batches)
-    return [torch.from_numpy(run(inputs)) for inputs in named]
-
-
-def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to a feature's norm, or NaN if a feature is not finite."""
-    one, other = torch.cat(list(given)), torch.cat(list(expected))
-    return ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
-
-
-def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
-    """Batches of ids and masks, padded on either side. If texts are short, the longest exceed the positions."""
-    limit = checked_length(config)
-    shapes = [(1, 1), (1, 2), (3, 2), (3, min(7, limit)), (5, limit // 2), (2, limit), (2, limit + 3)]
-    return [batch for side in ("right", "left") for batch in random_texts(config, shapes, side)]
-
-
-def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, ...]]:
-    """Batches [B, channels, height, width]: an image from the processor, and random images (of several sizes, if the
-    tower accepts them)."""
-    generator = torch.Generator().manual_seed(0)
-    channels, height, width = config.family.image_shape(config.backbone_config)
-    batches = []
-    for image_processor in (getattr(one, "image_processor", one) for one in processors):
-        if "pixel_values" in image_processor.model_input_names:
-            noise = torch.randint(256, (64, 96, 3), generator=generator, dtype=torch.uint8)
-            batches.append((load_pixels(noise, image_processor=image_processor)["pixel_values"],))
-            height, width = batches[-1][0].shape[-2:]
-    sizes = [(1, height, width), (5, height, width)]
-    if config.family.any_size_in_onnx:
-        sizes.append((2, height + config.patch_size, 3 * config.patch_size))
-    for batch_size, height, width in sizes:
-        batches.append((torch.randn(batch_size, channels, height, width, generator=generator),))
-    return batches
 
 
 DESCRIPTION = """\

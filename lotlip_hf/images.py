@@ -549,9 +549,11 @@ class PlainImageProcessor:
         self._table = table.astype(np.float32)
         if self.do_normalize:
             mean, std = (np.asarray(given[name], np.float32) for name in ("image_mean", "image_std"))
+            if {mean.shape, std.shape} - {(), (3,)}:
+                raise ValueError(f"{kind}: `image_mean` or `image_std` is not for three channels.")
             with np.errstate(all="ignore"):
                 self._table = (self._table - mean) / std
-        if self._table.shape != (256, 3) or not np.isfinite(self._table).all():
+        if not np.isfinite(self._table).all():
             raise ValueError(f"{kind}: `image_mean`, `image_std` or `rescale_factor` gives no finite pixels.")
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str = "np") -> dict[str, np.ndarray]:

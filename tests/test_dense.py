@@ -50,7 +50,7 @@ def test_score_maps_are_cosines_of_patches_on_the_grid(encoder: Encoder) -> None
     images = pictures(3)
     maps = score_maps(encoder, images, TEXTS, batch_size=2)
     assert maps.shape == (3, 2, GRID, GRID)
-    pixels = encoder.engine.pixels(images[2])["pixel_values"]
+    pixels = torch.from_numpy(encoder.engine.pixels(images[2])["pixel_values"])
     with torch.no_grad():
         patches = lotlip_model(encoder)(pixel_values=pixels, output_patch_embeds=True).patch_embeds[0]
     texts = encoder.encode_texts(TEXTS, progress=False)

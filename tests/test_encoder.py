@@ -1,5 +1,7 @@
 """Encoding: normalised, in order, independent of batches and of the caller's state; wrong checkpoints are refused."""
 
+import copy
+import hashlib
 import json
 import logging
 import os
@@ -493,6 +495,22 @@ def test_embeddings_kept_of_another_way_of_reading_are_not_used(pair: Pair, monk
     monkeypatch.setitem(FORMAT_VERSIONS, "image", FORMAT_VERSIONS["image"] - 1)
     assert Encoder(*pair).fingerprint("image") != before["image"]
     assert Encoder(*pair).fingerprint("text") == before["text"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_is_that_of_the_tensors(pair: Pair, dtype: torch.dtype) -> None:
+    """As when engines gave tensors: indexes that are on disk stay valid."""
+    model, processor = copy.deepcopy(pair[0]).to(dtype), pair[1]
+    encoder = Encoder(model, processor)
+    prefixes = ("vision_model.", "visual_projection.")
+    for modality in ("image", "text"):
+        settings = {"version": FORMAT_VERSIONS[modality], "modality": modality, **encoder.engine.settings(modality)}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+        for name, weight in sorted(model.state_dict().items()):
+            if name != "logit_scale" and name.startswith(prefixes) == (modality == "image"):
+                digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+                digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+        assert encoder.fingerprint(modality) == digest.hexdigest()
 
 
 def test_exif_orientation_is_applied(pair: Pair, tmp_path: Path) -> None:

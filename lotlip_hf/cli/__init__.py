@@ -9,13 +9,28 @@ from importlib.metadata import version
 from ..options import Parser, nearest
 from ..terminal import print_headed, run
 
-COMMANDS = ("search", "explain", "embed", "train", "relabel", "curate", "evaluate", "report", "convert", "push")
+COMMANDS = (
+    "search",
+    "demo",
+    "explain",
+    "embed",
+    "train",
+    "relabel",
+    "curate",
+    "evaluate",
+    "report",
+    "convert",
+    "push",
+)
 OVERVIEW = """\
 LoTLIP finds images by descriptions, short or a paragraph long. In these commands,
 `checkpoint` is a folder made by `lotlip convert` or `lotlip train`, or a Hub id.
 
 Search a folder of photos:
   lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
+
+Search them on a page in your browser:
+  lotlip demo --model checkpoint --images photos
 
 See which sentences and words of a description fit a picture, and where:
   lotlip explain --model checkpoint --image cat.jpg --output page.html "A ginger cat. It sleeps."

@@ -13,6 +13,7 @@ KINDS = {
     "open-clip": ("clip", "a CLIP in the layout of open_clip, OpenAI or Long-CLIP to LoTLIP"),
     "stock": ("stock", "a LoTLIP to classes that transformers includes"),
     "onnx": ("onnx", "a LoTLIP to ONNX, for ONNX Runtime"),
+    "openvino": ("openvino", "a LoTLIP to OpenVINO, the fastest on CPUs of Intel and AMD"),
 }
 
 

@@ -32,7 +32,8 @@ REQUIRED = {
     "prompt_template": "{}",
 }
 SWITCHES = ("clean_text", "split_sentences", "split_special_tokens")
-SPECIAL = ("cls_token", "sep_token", "pad_token", "unk_token", "mask_token")
+NEEDED = ("cls_token", "sep_token", "pad_token")
+SPECIAL = (*NEEDED, "unk_token", "mask_token")
 # Entries that do not change the ids: those about BERT's vocab.txt are in the tokenizer.json.
 NO_SETTINGS = {
     *("auto_map", "clean_up_tokenization_spaces", "do_lower_case", "is_local", "local_files_only", "name_or_path"),
@@ -73,9 +74,9 @@ class PlainTokenizer:
             raise ValueError("an unknown maximum length")
         saved = Tokenizer.from_buffer(read_regular(folder / "tokenizer.json"))
         added = {token.content: index for index, token in saved.get_added_tokens_decoder().items() if token.special}
-        if not {given.get(name) for name in SPECIAL} - {None} <= added.keys():
+        if any(given.get(name) not in (added if name in NEEDED else (None, *added)) for name in SPECIAL):
             raise ValueError("special tokens that are not in tokenizer.json")
-        self.cls_token_id, self.sep_token_id, self.pad_token_id = (added[given[name]] for name in SPECIAL[:3])
+        self.cls_token_id, self.sep_token_id, self.pad_token_id = (added[given[name]] for name in NEEDED)
         self.backend = without_cleaning(saved)
         if not is_local_to_words(self.backend) or not adds_ends(self.backend, self.cls_token_id, self.sep_token_id):
             raise ValueError("another kind of tokenizer than BERT's")

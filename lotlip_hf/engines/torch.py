@@ -120,7 +120,9 @@ class TorchEngine(ProcessorInputs):
     """
 
     libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
-    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        super().__init__(model, processor)
 
     @property
     def name(self) -> str:

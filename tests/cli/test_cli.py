@@ -12,8 +12,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,9 @@ def test_search_prints_a_ranked_table(pair: Pair, photos: Path, run: Callable[..
 
 def test_the_grid_says_what_was_searched_for() -> None:
     options = {"model": "x", "images": "photos"}
-    assert title(SearchOptions(**options, text="A cat.")) == "A cat."
+    assert title(SearchOptions(**options, text="A cat."), "A cat.") == "A cat."
     both = SearchOptions(**options, text="A cat.", without="A sofa.", unlike=["photos/dog.png"])
-    assert title(both) == '"A cat.", unlike dog.png, without "A sofa."'
+    assert title(both, "A cat.") == '"A cat.", unlike dog.png, without "A sofa."'
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,8 @@ def test_the_grid_says_what_was_searched_for() -> None:
         ("--like {like}", lambda text, like, unlike: like.mean(0)),
         ("--like {like} --unlike {unlike}", lambda text, like, unlike: like.mean(0) - unlike.mean(0)),
         ("{text} --unlike {unlike}", lambda text, like, unlike: text[0] - unlike.mean(0) / unlike.mean(0).norm()),
+        ("--image {unlike}", lambda text, like, unlike: unlike[0]),
+        ("{text} --image {unlike}", lambda text, like, unlike: text[0] + unlike[0]),
         ("{text} --without {text2}", lambda text, like, unlike: text[0] - text[0] @ text[1] * text[1]),
     ],
 )
@@ -126,6 +130,102 @@ def test_search_by_other_images_and_without_a_text(
         f"{score:.4f} {photos / name}" for score, name in sorted(zip(scores, names, strict=True), reverse=True)
     ]
     assert [" ".join(line.split()[1:]) for line in out.splitlines()[1:]] == expected
+
+
+def test_search_answers_many_queries(photos: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    (photos / "cat\x1b \u732b.png").write_bytes((photos / "a.png").read_bytes())
+    file = tmp_path / "queries.txt"
+    file.write_bytes(b"\xef\xbb\xbfA dog.\r\n \n\xff\n" + b"word " * 300_000 + b"\n" + LONG_TEXT.encode())
+    status, out, err = run("search", "--images", photos, "--queries", file, "--json", "--top", 2)
+    assert status == 0
+    assert out.isascii()
+    first, broken, long, last = map(json.loads, out.splitlines())
+    assert [first["query"], last["query"]] == ["A dog.", LONG_TEXT]
+    assert "error" in broken
+    assert "1,048,576" in long["error"]
+    assert "Line 3" in err
+    assert "Line 4" in err
+    for answer in (first, last):
+        assert run("search", "--images", photos, "--json", "--top", 2, answer["query"])[1].strip() == json.dumps(
+            answer
+        )
+        table = run("search", "--images", photos, "--top", 2, answer["query"])[1].splitlines()[1:]
+        assert len(table) == len(answer["results"]) == 2
+        for line, result in zip(table, answer["results"], strict=True):
+            assert line.split()[:2] == [str(result["rank"]), f"{result['score']:.4f}"]
+            assert Path(result["file"]).is_file()
+    shown = run("search", "--images", photos, "--queries", file, "--top", 1)[1]
+    one = run("search", "--images", photos, "--top", 1, LONG_TEXT)[1]
+    assert shown.endswith(f"{LONG_TEXT}\n{one}")
+    without = run("search", "--images", photos, "--queries", file, "--without", "A dog.", "--json", "--top", 2)[1]
+    assert "cancel" in json.loads(without.splitlines()[0])["error"]
+    alone = run("search", "--images", photos, "--without", "A dog.", "--json", "--top", 2, LONG_TEXT)[1]
+    assert without.splitlines()[-1] == alone.strip()
+
+
+def test_each_query_is_answered_before_the_next_is_read(
+    photos: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal and from a pipe: what `tail -f` and a person need."""
+    stdin = os.dup(0)
+    answered = threading.Event()
+    monkeypatch.setattr("lotlip_hf.cli.search.show", lambda results, query, options: answered.set())
+    try:
+        for open_both in (os.pipe, os.openpty):
+            reader, writer = open_both()[:: 1 if open_both is os.pipe else -1]
+            os.dup2(reader, 0)
+            os.close(reader)
+
+            def ask(writer: int = writer) -> None:
+                for _ in range(2):
+                    os.write(writer, b"A cat.\n")
+                    assert answered.wait(60)
+                    answered.clear()
+                if os.isatty(writer):
+                    os.write(writer, b"\x04")  # Ctrl-D
+                else:
+                    os.close(writer)
+
+            with ThreadPoolExecutor(1) as pool:
+                asking = pool.submit(ask)
+                status, _, err = run("search", "--images", photos, "--queries", "-")
+                asking.result()
+            assert status == 0, err
+            assert err.count("> ") == (0 if open_both is os.pipe else 3)
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+
+
+@pytest.mark.slow
+def test_search_with_an_exported_model_imports_no_torch(
+    official_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")
+    main(["convert", "onnx", "--model", str(official_checkpoint), "--output", str(tmp_path / "exported")])
+    program = (
+        tmp_path / "lotlip"
+    )  # `import lotlip_hf` registers the Auto classes, but not for the command of this name
+    program.write_text(
+        """
+import os, sys
+sys.executable = os.path.join(os.path.dirname(sys.argv[0]), "python")
+from lotlip_hf.cli import main
+status = main(sys.argv[1:])
+assert status == 0, status
+heavy = {"torch", "transformers", "datasets", "scipy", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    )
+    (tmp_path / "queries.txt").write_text("A cat.\nA dog.\n")
+    for words in (
+        [LONG_TEXT],  # embeds the images
+        [LONG_TEXT, "--without", "A dog.", "--save-grid", tmp_path / "grid.png"],
+        ["--image", photos / "a.png", "--json"],
+        ["--queries", tmp_path / "queries.txt", "--json"],
+    ):
+        command = [program, "search", "--model", tmp_path / "exported", "--images", photos, *words]
+        subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
 def test_search_reports_what_it_skipped_and_cut(photos: Path, run: Callable[..., Any]) -> None:
@@ -163,6 +263,10 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("search --model x --images {photos} two words", "Quote texts"),
         ("search --model x --images {photos}", "--like"),
         ("search --model x --images {photos} --unlike {photos}/a.png", "--like"),
+        ("search --model x --images {photos} --queries {photos}/no.txt", "no.txt"),
+        ("search --model x --images {photos} --queries - text", "--queries"),
+        ("search --model x --images {photos} --queries - --save-grid {tmp}/grid.png", "--save-grid"),
+        ("search --model {model} --images {photos} --image {tmp}/no.png", "no.png"),
         ("search --model {model} --images {photos} --like {tmp}/no.png", "no.png"),
         ("search --model {model} --images {photos} text --without text", "--without"),
         ("search --model {model} --images {tmp}/empty text", "empty"),
@@ -211,7 +315,10 @@ def test_errors_are_one_line_and_status_2(
     [
         ("--help", [*cli.COMMANDS, "Exit status"]),
         ("--version", ["lotlip 0.1.0"]),
-        ("search --help", ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
+        (
+            "search --help",
+            ["--images", "--top", "--queries", "--json", "--image", "--save-grid", "--index", "--device", "--dtype"],
+        ),
         ("evaluate --help", ["--config", "--task", "--no-normalize"]),
         ("train --help", ["--grad-cache-chunk", "torchrun"]),
         ("relabel --help", ["--captioner", "--max-image-pixels"]),

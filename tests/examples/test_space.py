@@ -1,6 +1,7 @@
-"""`examples/space/`: what the page computes, and the page itself in headless Chromium."""
+"""`lotlip demo` and `examples/space/`: what the page computes, and the page itself in headless Chromium."""
 
 import html
+import importlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import requires, version
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +25,16 @@ from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 
 from browser import chromium_page
+from lotlip_hf import load_encoder
+from lotlip_hf.cli import main
 from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.scenes.dataset import long_captions, render, scene
-from scripts import REPOSITORY, load_script
+from lotlip_hf.search import build_index
+from scripts import REPOSITORY
 from tiny_clip import save_clip
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install '.[space]'")
+from gradio_client import Client, handle_file
 
 pytestmark = pytest.mark.slow
 SPACE = REPOSITORY / "examples" / "space"
@@ -39,7 +45,7 @@ CUT_AT = {"lotlip": 126, "clip": 77}  # tokens
 
 @pytest.fixture(scope="module")
 def app() -> ModuleType:
-    return load_script("examples/space/app.py")
+    return importlib.import_module("lotlip_hf.demo")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def models(app: ModuleType, official_checkpoint: Path, clip_checkpoint: Path) -> list[Any]:
-    return [app.load(str(official_checkpoint)), app.load(str(clip_checkpoint))]
+    return [
+        app.Model(app.shown_name(str(folder)), load_encoder(folder, device="cpu"))
+        for folder in (official_checkpoint, clip_checkpoint)
+    ]
 
 
 @pytest.fixture
@@ -224,26 +233,45 @@ def test_the_first_picture_is_explained(app: ModuleType, models: list[Any], pict
         app.explain_first(models, pictures, "A cat. " * 51)
 
 
-def test_arguments_that_do_not_fit_are_named(
-    app: ModuleType,
-    clip_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_folder_is_ranked_by_its_index(
+    app: ModuleType, models: list[Any], pictures: list[str], broken: str, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("LOTLIP_MODEL", raising=False)
-    monkeypatch.delenv("LOTLIP_COMPARE", raising=False)
-    with pytest.raises(SystemExit, match="2"):
-        app.main([])
-    assert "LOTLIP_MODEL" in capsys.readouterr().err
-    monkeypatch.setenv("LOTLIP_MODEL", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="nowhere"):
-        app.main([])
-    with pytest.raises(SystemExit, match="2"):
-        app.main(["--model", str(clip_checkpoint), "--port", "65536"])
-    assert "--port 65536" in capsys.readouterr().err
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(SystemExit, match="--port"):
-        app.main(["--model", str(clip_checkpoint), "--port", str(server.getsockname()[1])])
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for file in [*pictures, broken]:
+        shutil.copy(file, folder)
+    dropped, _ = app.rank(models, pictures, TEXT)
+    for model in models:
+        model.photos = app.indexed(build_index(model.encoder, folder, progress=False))
+        model.encoder.iterate_images = None  # not called again
+    ranked, skipped = app.rank(models, [], TEXT)
+    assert skipped == {}
+    for one, other in zip(ranked, dropped, strict=True):
+        assert [Path(image).parent for image in one.images] == [folder] * 5
+        assert [Path(image).name for image in one.images] == [Path(image).name for image in other.images]
+        torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one.sentence_scores, other.sentence_scores, rtol=0, atol=1e-6)
+    Path(ranked[0].images[0]).unlink()  # after it was indexed
+    assert len(app.gallery(ranked[0])) == 5
+    assert "5 pictures" in str(app.build(models).get_config_file())
+    with pytest.raises(ValueError, match="description"):
+        app.rank(models, [], " ")
+
+
+def test_arguments_that_do_not_fit_are_named(
+    clip_checkpoint: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*words: object) -> str:
+        assert main(["demo", *map(str, words)]) == 2
+        return capsys.readouterr().err
+
+    assert "--model" in error()
+    assert "nowhere" in error("--model", tmp_path / "nowhere")
+    assert "port" in error("--model", clip_checkpoint, "--port", "65536")
+    assert "missing" in error("--model", clip_checkpoint, "--images", tmp_path / "missing")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        words = ["--images", Path(pictures[0]).parent, "--index", tmp_path, "--port", server.getsockname()[1]]
+        assert "--port" in error("--model", clip_checkpoint, *words)
 
 
 def test_the_space_asks_for_what_the_package_needs() -> None:
@@ -256,22 +284,16 @@ def test_the_space_asks_for_what_the_package_needs() -> None:
     assert (SPACE / settings["app_file"]).is_file()
 
 
-@pytest.fixture
-def address(official_checkpoint: Path, clip_checkpoint: Path, tmp_path: Path) -> Iterator[str]:
-    """Where the app runs, started as a Space starts it: by variables, without arguments but the port."""
+@contextmanager
+def served(log: Path, *command: object, **variables: object) -> Iterator[str]:
+    """Address of a page that a command serves."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    environment = {
-        **os.environ,
-        "LOTLIP_MODEL": str(official_checkpoint),
-        "LOTLIP_COMPARE": str(clip_checkpoint),
-        "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
-    }
-    log = tmp_path / "app.log"
-    command = [sys.executable, str(SPACE / "app.py"), "--port", str(port)]
+    words = [sys.executable, *map(str, command), "--port", str(port)]
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     with (
         log.open("wb") as output,
-        subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(words, env=environment, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT) as process,
     ):
         url = f"http://127.0.0.1:{port}"
         try:
@@ -291,11 +313,45 @@ def address(official_checkpoint: Path, clip_checkpoint: Path, tmp_path: Path) ->
     assert "Traceback" not in log.read_text()
 
 
+def test_the_page_of_a_folder(app: ModuleType, official_checkpoint: Path, pictures: list[str], tmp_path: Path) -> None:
+    words = ["-m", "lotlip_hf", "demo", "--model", official_checkpoint, "--images", Path(pictures[0]).parent]
+    with served(tmp_path / "app.log", *words, "--index", tmp_path, GRADIO_TEMP_DIR=tmp_path / "shown") as url:
+        client = Client(url, verbose=False, download_files=False)
+        answer = client.predict([], TEXT, api_name="/rank")
+        message, _ = client.predict([], "", api_name="/explain")
+    model = app.Model("checkpoint", load_encoder(official_checkpoint, device="cpu"))
+    expected = app.rank([model], pictures, TEXT)[0][0]
+    assert answer[0] == ""
+    shown = [shown["caption"].split(maxsplit=2)[2] for shown in answer[2]]
+    assert shown == [Path(image).name for image in expected.images]
+    assert all(sentence in html.unescape(answer[3]) for sentence in split_sentences(TEXT))
+    assert "description" in message
+
+
+@pytest.fixture
+def address(official_checkpoint: Path, clip_checkpoint: Path, tmp_path: Path) -> Iterator[str]:
+    """Where the app runs, started as a Space starts it: by variables, without arguments but the port."""
+    variables = {
+        "LOTLIP_MODEL": official_checkpoint,
+        "LOTLIP_COMPARE": clip_checkpoint,
+        "GRADIO_TEMP_DIR": tmp_path / "uploads",
+    }
+    with served(tmp_path / "app.log", SPACE / "app.py", **variables) as url:
+        yield url
+
+
 @pytest.fixture
 def browser_page() -> Iterator[Any]:
     with chromium_page() as page:
         page.set_default_timeout(1000 * SECONDS)
         yield page
+
+
+def test_the_app_of_the_space_is_served(address: str, pictures: list[str]) -> None:
+    files = [{"image": handle_file(picture), "caption": None} for picture in pictures]
+    answer = Client(address, verbose=False, download_files=False).predict(files, TEXT, api_name="/rank")
+    assert ["checkpoint" in answer[1], "tiny-clip" in answer[4]] == [True, True]
+    assert len(answer[2]) == len(answer[5]) == len(pictures)
 
 
 def test_the_page_in_a_browser(

@@ -145,7 +145,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable, list[str]], No
 
 def runs(words: list[str]) -> bool:
     """Whether a `lotlip` command finishes in seconds on one process, without a network."""
-    is_long = {"train", "lotlip_hf", "--endpoint", "--quantize"} & set(words)
+    is_long = {"demo", "train", "lotlip_hf", "--endpoint", "--quantize"} & set(words)
     is_online = any(word.startswith("weiwu-ww/") for word in words) or "push" in words and "--dry-run" not in words
     return not is_long and not is_online
 

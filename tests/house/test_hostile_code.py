@@ -281,6 +281,7 @@ def pictures(tmp_path: Path) -> Path:
 
 COMMANDS = {
     "search": "search --model {evil} --images {pictures} text",
+    "demo": "demo --model {evil} --images {pictures}",
     "embed": "embed --model {evil} --images {pictures} --output {out}",
     "evaluate": "evaluate --model {evil} --task scenes --num-images 2",
     "push": "push {evil} --repo-id ada/evil --dry-run {out}",
@@ -288,6 +289,7 @@ COMMANDS = {
     "train, text": "train --text-model {evil} --image-model {good} --data scenes --output {out}",
     "train, image": "train --text-model {bert} --image-model {evil} --data scenes --output {out}",
     "convert onnx": "convert onnx --model {evil} --output {out}",
+    "convert openvino": "convert openvino --model {evil} --output {out}",
     "relabel": "relabel --captioner {evil} --tokenizer {good} --data {pictures} --short-column none --output {out}",
     "relabel, tokenizer": "relabel --captioner {good} --tokenizer {evil} --data {pictures} --short-column none "
     "--output {out}",

@@ -41,7 +41,7 @@ FLOORS = (
     ("states", "dense"),
     ("search", "grid", "embed"),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
-    ("hub", "explain", "explain_page"),
+    ("hub", "explain", "explain_page", "demo"),
     ("__init__",),
     ("cli", "__main__"),
 )
