@@ -257,7 +257,7 @@ def engines(bench: Bench) -> list[Row]:
     side = bench.model.config.vision_config.image_size
     pictures = [Image.open(path).convert("RGB").resize((side, side)) for path in photographs(bench.folder / "own")]
     pictures *= -(-bench.num_texts // len(pictures))
-    others: dict[str, Callable[[], Any]] = {f"{OFFICIAL} fp32": peers.OfficialRecipe(bench.model).encode}
+    others: dict[str, Callable[[Sequence[str]], Any]] = {f"{OFFICIAL} fp32": peers.OfficialRecipe(bench.model).encode}
     for name, make in (
         (
             "sentence-transformers OpenVINO",

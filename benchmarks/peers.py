@@ -229,8 +229,8 @@ class OpenClip:
 
 def sentence_transformer(model: LoTLIPModel, folder: Path, on_openvino: bool = False) -> Any:
     """
-    Creates a `SentenceTransformer` of LoTLIP's BERT with [CLS] pooling, on PyTorch or on its own OpenVINO backend; saves
-    its files in `folder`.
+    Creates a `SentenceTransformer` of LoTLIP's BERT with [CLS] pooling, on PyTorch or on its own OpenVINO backend;
+    saves its files in `folder`.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
