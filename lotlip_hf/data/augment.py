@@ -180,13 +180,19 @@ def load_augmented(
     centre crop.
 
     Args:
-        source (`ImageSource`), name (`str`), image_processor, background: See [`~lotlip_hf.images.load_pixels`].
-        augment ([`Augment`]): The changes.
+        source (`ImageSource`): Image.
+        name (`str`): Name of the image, for errors.
+        augment (`Augment`): The changes.
         rng (`Random`): Random generator.
         size (`tuple[int, int]`, *optional*): Size of a crop after resizing ([`crop_size`]).
+        image_processor (`BaseImageProcessor`): Image processor of the model.
+        background (`str` or `Sequence[int]`): Colour behind transparent pixels.
 
     Returns:
         `tuple`: Output of the image processor, and width and height of the image.
+
+    Raises:
+        `ImageError`: If the image cannot be read.
     """
     image = load_image(source, name, background=background)
     if not augment.crop:

@@ -117,7 +117,7 @@ class LoTLIPCollator:
         read_for_teacher (`Callable`, *optional*): Returns the inputs of a teacher for a record, by name. They become
             `teacher_inputs` of the batch: tensors [1, ...] are concatenated, other values are listed. An error that it
             raises makes the record a broken one.
-        augment ([`~lotlip_hf.data.augment.Augment`], *optional*): Random changes of the images, drawn by `seed`, the
+        augment (`Augment`, *optional*): Random changes of the images, drawn by `seed`, the
             epoch and the id of a record. A teacher that reads the record sees the image without them.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
