@@ -21,6 +21,8 @@ from lotlip_hf.files import append_json_line
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("lotlip-hf", "torch", "transformers")
+# Instructions of a CPU for matrix products, as in /proc/cpuinfo
+FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 
 
 def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
@@ -105,8 +107,9 @@ def machine(*packages: str) -> dict[str, Any]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line.split(":", 1)[1].split() for line in lines if line.startswith("flags"))
     except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
+        cpu, flags = platform.processor() or platform.machine(), []
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).resolve().parent
     try:
@@ -114,7 +117,12 @@ def machine(*packages: str) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "cpu": cpu,
+            "features": [flag for flag in FEATURES if flag in flags],
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": {**{name: _version(name) for name in (*PACKAGES, *packages)}, "commit": commit},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

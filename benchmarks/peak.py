@@ -1,16 +1,19 @@
 """Measures the share of a device's matmul peak that ViT-B/16 + BERT-base reach in bf16, in training and encoding.
 
     python benchmarks/peak.py                                # on the GPU, with the largest batch that fits
-    python benchmarks/peak.py --batch-size 256 --compile
+    python benchmarks/peak.py --batch-size 256 --only sdpa compiled
     python benchmarks/peak.py --device cpu --batch-size 8
 
-The model has the shape of the released model. The inputs are random and without padding. The share is the model's
-floating-point operations per second (with those that gradient checkpointing repeats), divided by those of large matrix
-products. Both alternate on the same device. The training step is also compared with that of the official recipe, which
-pads short and long texts to 128 tokens. The result is appended to `benchmarks/results/peak.jsonl`.
+All ways to compute take turns in one run, meant to take less than five minutes on a GPU: padded texts with sdpa, texts
+in a row with unpadded or flex attention, and padded texts compiled. The model has the shape of the released model.
+Images and texts are random; texts have from half to all of the tokens. The share is the operations per second that
+texts without padding need (with those that gradient checkpointing repeats), divided by those of large matrix products.
+The training step is also compared with that of the official recipe, which pads short and long texts to 128 tokens. The
+result is appended to `benchmarks/results/peak.jsonl`.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,36 +31,48 @@ from measure import in_turns, keep, machine
 RESULTS = FOLDER / "peak.jsonl"
 SHORT_LENGTH, LONG_LENGTH = 24, peers.CONTEXT_LENGTH - peers.NUM_CORNER_TOKENS
 MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}
-LARGEST_BATCH = 4096
+LARGEST_BATCH = 2048
+# Ways to compute: attention of the text tower, and whether the model is compiled
+WAYS: dict[str, tuple[str, bool]] = {
+    "sdpa": ("sdpa", False),
+    "unpadded": ("unpadded", False),
+    "flex": ("flex_attention", False),
+    "compiled": ("sdpa", True),
+}
+STEP = "training step"
 
 
 def make_batch(model: LoTLIPModel, batch_size: int, num_long_texts: int, device: str) -> dict[str, torch.Tensor]:
-    """Creates random images and texts without padding."""
+    """Creates random images, and texts that have from half to all of the tokens."""
     config = model.config
     size = config.vision_config.backbone_config.image_size
+    generator = torch.Generator().manual_seed(0)
 
-    def words(*shape: int) -> torch.Tensor:
-        return torch.randint(1000, config.text_config.backbone_config.vocab_size, shape, device=device)
+    def texts(prefix: str, length: int, *shape: int) -> dict[str, torch.Tensor]:
+        vocabulary = config.text_config.backbone_config.vocab_size
+        ids = torch.randint(1000, vocabulary, (*shape, length), generator=generator)
+        lengths = torch.randint(length // 2, length + 1, (*shape, 1), generator=generator)
+        mask = torch.arange(length) < lengths
+        return {
+            f"{prefix}input_ids": ids.where(mask, 0).to(device),
+            f"{prefix}attention_mask": mask.long().to(device),
+        }
 
-    batch = {
-        "pixel_values": torch.randn(batch_size, 3, size, size, device=device),
-        "input_ids": words(batch_size, SHORT_LENGTH),
-    }
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    if num_long_texts:
-        batch["long_input_ids"] = words(batch_size, num_long_texts, LONG_LENGTH)
-        batch["long_attention_mask"] = torch.ones_like(batch["long_input_ids"])
-    return batch
+    batch = {"pixel_values": torch.randn(batch_size, 3, size, size, generator=generator).to(device)}
+    batch |= texts("", SHORT_LENGTH, batch_size)
+    return batch | texts("long_", LONG_LENGTH, batch_size, num_long_texts) if num_long_texts else batch
 
 
-def make_works(model: LoTLIPModel, batch_size: int, num_long_texts: int, device: str) -> dict[str, Callable[[], Any]]:
-    """Creates the calls to measure, on `batch_size` samples each. A call sets training or evaluation mode itself."""
+def make_works(
+    model: LoTLIPModel, attention: str, batch_size: int, num_long_texts: int, device: str
+) -> dict[str, Callable[[], Any]]:
+    """Creates the calls to measure, on `batch_size` samples each. A call sets mode and attention itself."""
     batch = make_batch(model, batch_size, num_long_texts, device)
     objective = Objective({"infonce": InfoNCE()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        model.train()
+        model.train().text_model.set_attn_implementation(attention)
         with torch.autocast(device, torch.bfloat16):
             loss = batch_loss(model, batch, objective)
         loss["loss"].backward()
@@ -66,17 +81,18 @@ def make_works(model: LoTLIPModel, batch_size: int, num_long_texts: int, device:
         clamp_logit_scale(model)
 
     def encode(function: Callable[..., Any], **inputs: torch.Tensor) -> None:
-        model.eval()
+        model.eval().text_model.set_attn_implementation(attention)
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
             function(**inputs)
 
-    texts = make_batch(model, batch_size, 1, device)["long_input_ids"][:, 0]
-    mask = torch.ones_like(texts)
-    return {
-        "training step": step,
-        "long texts": lambda: encode(model.get_text_features, input_ids=texts, attention_mask=mask),
-        "images": lambda: encode(model.get_image_features, pixel_values=batch["pixel_values"]),
-    }
+    long = {name: ids[:, 0] for name, ids in make_batch(model, batch_size, 1, device).items() if name[:5] == "long_"}
+    texts = {name.removeprefix("long_"): ids.contiguous() for name, ids in long.items()}
+    works = {STEP: step, "long texts": lambda: encode(model.get_text_features, **texts, pooled_only=True)}
+    if attention == "sdpa":  # the attention of images is the same in all ways
+        works["images"] = lambda: encode(
+            model.get_image_features, pixel_values=batch["pixel_values"], pooled_only=True
+        )
+    return works
 
 
 def make_official_step(model: LoTLIPModel, batch_size: int, device: str) -> Callable[[], None]:
@@ -116,8 +132,8 @@ def measure(
     device: str,
     batch_size: int | None = None,
     num_long_texts: int = 1,
-    repeats: int = 20,
-    compile: bool = False,
+    repeats: int = 10,
+    only: Sequence[str] | None = None,
     gradient_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """
@@ -129,54 +145,66 @@ def measure(
         batch_size (`int`, *optional*): Number of samples. By default the largest number for which a training step fits
             in the memory of the GPU.
         num_long_texts (`int`, *optional*, defaults to 1): Number of long texts per image in the training step.
-        repeats (`int`, *optional*, defaults to 20): Number of turns.
-        compile (`bool`, *optional*, defaults to `False`): Whether to compile the model.
+        repeats (`int`, *optional*, defaults to 10): Number of turns.
+        only (`Sequence[str]`, *optional*): Ways to compute; see `WAYS`. Defaults to all, on a CPU without `"flex"`.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether to use gradient checkpointing.
 
     Returns:
-        `dict[str, Any]`: Time, samples per second, operations per second and share of the peak for each call; the
-        peak; and the time of the official step divided by that of ours.
+        `dict[str, Any]`: By way and work: time, samples per second, operations per second and share of the peak; the
+        peak; the time of the official step divided by that of our fastest; and `notes` of ways that failed.
     """
     torch.manual_seed(0)
     model = peers.make_model(size).to(device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if batch_size is None:
-        batch_size = largest_that_fits(lambda n: make_works(model, n, num_long_texts, device)["training step"]())
-    works = make_works(model, batch_size, num_long_texts, device)
+        batch_size = largest_that_fits(lambda n: make_works(model, "sdpa", n, num_long_texts, device)[STEP]())
     operations = {}
-    for name, work in works.items():
-        with FlopCounterMode(display=False) as counter:
-            work()
-        operations[name] = counter.get_total_flops()
-    if compile:
-        model.compile()
-        for work in works.values():
-            work()
+    for attention in ("unpadded", "sdpa"):  # of texts without padding, and of images
+        for name, work in make_works(model, attention, batch_size, num_long_texts, device).items():
+            with FlopCounterMode(display=False) as counter:
+                work()
+            operations.setdefault(name, counter.get_total_flops())
+    calls: dict[str, Callable[[], Any]] = {}
+    notes = []
+    for way in only or [way for way in WAYS if device != "cpu" or way != "flex"]:
+        attention, is_compiled = WAYS[way]
+        used = copy.deepcopy(model) if is_compiled else model
+        if is_compiled:  # the towers, which encoding and training share
+            used.text_model.compile(dynamic=True)
+            used.vision_model.compile(dynamic=True)
+        works = make_works(used, attention, batch_size, num_long_texts, device)
+        try:
+            for work in works.values():
+                work()
+        except Exception as error:  # the other ways are worth a run on a GPU
+            notes.append(f"{way} was not measured: {type(error).__name__}: {error}")
+            continue
+        calls |= {f"{way}: {name}": work for name, work in works.items()}
     matrix = torch.randn(MATRIX_SIZE[device], MATRIX_SIZE[device], device=device, dtype=torch.bfloat16)
-    calls = {**works, "matmul": lambda: matrix @ matrix}
+    timed = {**calls, "matmul": lambda: matrix @ matrix}
     if num_long_texts == 1:
-        calls["official step"] = make_official_step(peers.make_model(size).to(device), batch_size, device)
-    seconds = in_turns(calls, repeats, device, device)
+        timed["official step"] = make_official_step(peers.make_model(size).to(device), batch_size, device)
+    seconds = in_turns(timed, repeats, device, device)
     peak = 2 * MATRIX_SIZE[device] ** 3 / seconds["matmul"]
+    fastest = min((seconds[name] for name in calls if name.endswith(STEP)), default=None)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         **{"size": size, "batch_size": batch_size, "num_long_texts": num_long_texts, "repeats": repeats},
-        **{"compile": compile, "gradient_checkpointing": gradient_checkpointing},
+        "gradient_checkpointing": gradient_checkpointing,
         "matmul_peak_teraflops_per_second": peak / 1e12,
         "works": {
             name: {
                 "seconds": seconds[name],
                 "samples_per_second": batch_size / seconds[name],
-                "teraflops_per_second": operations[name] / seconds[name] / 1e12,
-                "fraction_of_peak": operations[name] / seconds[name] / peak,
+                "teraflops_per_second": (number := operations[name.partition(": ")[2]]) / seconds[name] / 1e12,
+                "fraction_of_peak": number / seconds[name] / peak,
             }
-            for name in works
+            for name in calls
         },
-        "times_the_official_step": seconds["official step"] / seconds["training step"]
-        if num_long_texts == 1
-        else None,
+        "times_the_official_step": seconds["official step"] / fastest if fastest and num_long_texts == 1 else None,
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+        "notes": notes,
         **machine(),
     }
 
@@ -186,9 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, help="samples in a batch; default: the largest on a GPU, 8 on a CPU")
     parser.add_argument("--num-long-texts", type=int, default=1, help="long texts per image in the training step")
-    parser.add_argument("--repeats", type=int, default=20, help="number of turns")
+    parser.add_argument("--repeats", type=int, default=10, help="number of turns")
     parser.add_argument("--size", choices=peers.SIZES, default="base", help="size of the model")
-    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    parser.add_argument("--only", nargs="+", choices=WAYS, help="ways to compute; default: all, on a CPU without flex")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="use gradient checkpointing")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=MATRIX_SIZE, default=device, help="device of the model")
@@ -202,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, work in result["works"].items():
         rate, share = work["samples_per_second"], work["fraction_of_peak"]
         print(f"{name}: {rate:.1f} samples/s, {share:.1%} of the matmul peak")
+    for note in result["notes"]:
+        print(note)
     if result["times_the_official_step"]:
         print(f"A training step of the official recipe takes {result['times_the_official_step']:.2f} times as long.")
     print(f"Matmul peak of {result['device']}: {result['matmul_peak_teraflops_per_second']:.2f} TFLOP/s.")

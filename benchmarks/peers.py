@@ -227,13 +227,20 @@ class OpenClip:
         return torch.cat(list(features))
 
 
-def sentence_transformer(model: LoTLIPModel, folder: Path) -> Any:
-    """Creates a `SentenceTransformer` of LoTLIP's BERT with [CLS] pooling; saves its files in `folder`."""
+def sentence_transformer(model: LoTLIPModel, folder: Path, on_openvino: bool = False) -> Any:
+    """
+    Creates a `SentenceTransformer` of LoTLIP's BERT with [CLS] pooling, on PyTorch or on its own OpenVINO backend;
+    saves its files in `folder`.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     bert = stock_model(model).text_model
     bert.save_pretrained(folder)
     BertTokenizer(vocab=str(VOCABULARY), model_max_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS).save_pretrained(folder)
-    words = Transformer(str(folder), max_seq_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS)
+    words = Transformer(
+        str(folder),
+        max_seq_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS,
+        backend="openvino" if on_openvino else "torch",
+    )
     return SentenceTransformer(modules=[words, Pooling(bert.config.hidden_size, pooling_mode="cls")], device="cpu")

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import math
 import os
 import stat
@@ -569,6 +570,26 @@ class PlainImageProcessor:
             image = image.crop((left, top, left + width, top + height))  # black outside of the image
         levels = np.asarray(image)
         return np.stack([self._table[:, channel][levels[..., channel]] for channel in range(3)])
+
+
+def plain_image_processor(image_processor: Any) -> Any:
+    """
+    Returns a [`PlainImageProcessor`] with the pixels of an image processor, which is faster, or the processor itself.
+
+    Args:
+        image_processor (`BaseImageProcessor`): Image processor.
+
+    Returns:
+        `PlainImageProcessor` or `BaseImageProcessor`: The processor itself if it is not of the PIL backend, or
+        does more than resize, crop, rescale and normalise.
+    """
+    is_known = type(image_processor).__module__.startswith("transformers.")
+    if not is_known or getattr(image_processor, "backend", "") != "pil":
+        return image_processor
+    try:
+        return PlainImageProcessor(json.loads(image_processor.to_json_string()))
+    except ValueError:
+        return image_processor
 
 
 def check_image_sizes(image_processor: Any, name: str) -> None:

@@ -11,7 +11,15 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from transformers import ProcessorMixin
 
-from ..images import ImageError, background_of, kept_box, load_image, load_sized_pixels
+from ..images import (
+    ImageError,
+    background_of,
+    kept_box,
+    load_image,
+    load_sized_pixels,
+    plain_image_processor,
+)
+from .augment import Augment, crop_size, load_augmented
 from .kept import digest_of
 from .masking import Masking, WordScores, noise_probability, prediction_probability
 from .record import Draw, Record, RecordError, Region, ShardError, Texts, check_record, record_rng, texts_digest
@@ -109,6 +117,8 @@ class LoTLIPCollator:
         read_for_teacher (`Callable`, *optional*): Returns the inputs of a teacher for a record, by name. They become
             `teacher_inputs` of the batch: tensors [1, ...] are concatenated, other values are listed. An error that it
             raises makes the record a broken one.
+        augment (`Augment`, *optional*): Random changes of the images, drawn by `seed`, the
+            epoch and the id of a record. A teacher that reads the record sees the image without them.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -142,6 +152,7 @@ class LoTLIPCollator:
         return_ids: bool = False,
         patch_dropout: float = 0.0,
         patch_size: int | None = None,
+        augment: Augment | None = None,
         frozen: Collection[str] = (),
         return_texts: bool = False,
         return_text_keys: bool = False,
@@ -160,6 +171,8 @@ class LoTLIPCollator:
         for name, number in (("num_negatives", num_negatives), ("num_regions", num_regions)):
             if number < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {number}.")
+        if augment is not None and augment.moves and num_regions:
+            raise ValueError("`augment` crop and flip would move the boxes of `num_regions`. Leave one of them out.")
         if "text" in frozen and (mask_words or word_scores is not None):
             raise ValueError("`mask_words` and `word_scores` need token ids. Leave texts out of `frozen`.")
         self.processor = processor
@@ -169,6 +182,10 @@ class LoTLIPCollator:
         self.return_ids = return_ids
         self.patch_dropout = patch_dropout
         self.patch_size = patch_size
+        self.augment = augment
+        self.crop_size = None
+        if augment is not None and augment.crop:
+            self.crop_size = crop_size(getattr(processor, "image_processor", processor))
         self.frozen = frozen
         self.return_texts = return_texts
         self.return_text_keys = return_text_keys
@@ -211,12 +228,8 @@ class LoTLIPCollator:
             `KeyError`: If the records lack a required field.
             `ValueError`: If the records lack captions that `draw` needs.
         """
-        image_processor = getattr(self.processor, "image_processor", self.processor)
-        load = partial(
-            load_sized_pixels,
-            image_processor=image_processor,
-            background=background_of(self.processor),
-        )
+        image_processor = plain_image_processor(getattr(self.processor, "image_processor", self.processor))
+        of_image = {"image_processor": image_processor, "background": background_of(self.processor)}
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
         images: list[Any] = []
@@ -228,6 +241,11 @@ class LoTLIPCollator:
                     read = check_record(record)
                     image = image_key(read)
                 else:  # one image at a time, as a batch of large images could fill the memory
+                    load = partial(load_sized_pixels, **of_image)
+                    if self.augment is not None:
+                        rng = record_rng(self.seed, int(self._epoch), str(record.get("id")), "view 0")
+                        drawn = {"augment": self.augment, "rng": rng, "size": self.crop_size}
+                        load = partial(load_augmented, **of_image, **drawn)
                     read, (image, size) = read_record(record, load)
                     if self.num_regions:
                         read = _seen(read, kept_box(size, image_processor))
@@ -261,7 +279,7 @@ class LoTLIPCollator:
         if "image" in self.frozen:
             batch["image_keys"] = images
         else:
-            batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
+            batch |= {name: torch.cat([torch.as_tensor(image[name]) for image in images]) for name in images[0]}
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         negatives = [

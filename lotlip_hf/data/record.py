@@ -84,9 +84,12 @@ def texts_digest(texts: Sequence[str]) -> int:
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big", signed=True)
 
 
-def record_rng(seed: int, epoch: int, record_id: str) -> Random:
-    """Returns the random generator of a record in an epoch, the same in every process and version of Python."""
-    return Random(f"{seed}\0{epoch}\0{record_id}")  # Python hashes a string seed with SHA-512
+def record_rng(seed: int, epoch: int, record_id: str, *names: str) -> Random:
+    """
+    Returns a random generator of a record in an epoch, the same in every process and version of Python. `names`, such
+    as that of a view of the image, give another one.
+    """
+    return Random("\0".join((str(seed), str(epoch), record_id, *names)))  # Python hashes a string seed with SHA-512
 
 
 class Kind(NamedTuple):

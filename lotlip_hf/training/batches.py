@@ -1,14 +1,16 @@
 """The batches of a run. The seed and the epoch determine the records of every batch and their order."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
-from typing import Any
+from itertools import count, islice
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, iterable_dataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from ..data.collator import Batch, LoTLIPCollator
 from ..terminal import ignore_signals
@@ -79,28 +81,111 @@ class EpochBatches(Sampler[list[int]]):
             yield np.array_split(whole, self.num_processes)[self.rank].tolist()
 
 
-class _Collator:
+class StreamState(TypedDict, total=False):
+    """Where a stream continues: the worker of the last batch, and by worker the state after its last batch."""
+
+    last: int
+    workers: dict[str, dict[str, Any]]
+
+
+class Shuffled:
     """
-    Calls the collator in the workers of a `DataLoader`.
+    Records of a stream in a drawn order: in blocks of `size` records, while the next block is read. After any record,
+    `state` is where another object with the same arguments continues. It reads again from the start of the block; the
+    shards before are not opened.
 
-    Errors are returned instead of raised, because the loader would wrap them. The first `num_skipped` batches of a
-    resumed stream are not decoded. Each worker receives at least `num_skipped // num_workers` of these batches.
+    Args:
+        records (`IterableDataset`): Stream, without a shuffle buffer of `datasets`.
+        size (`int`): Number of records of a block.
+        seed (`Sequence[int]`): Seed of the order.
+        state (`Mapping`, *optional*): State to continue from.
     """
 
-    def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
-        self.collator = collator
-        self.num_skipped = num_skipped
-        self.num_made = 0
+    def __init__(
+        self, records: IterableDataset, size: int, seed: Sequence[int], state: Mapping[str, Any] | None = None
+    ) -> None:
+        self.records, self.size, self.seed = records, size, seed
+        self.state: dict[str, Any] = dict(state or {"start": None, "block": 0, "index": 0})
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch | Exception | None:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.state["start"] is not None:
+            self.records.load_state_dict(self.state["start"])
+        stream = iter(self.records)
+        try:
+            block: list[dict[str, Any]] = list(islice(stream, self.size))
+        except (LookupError, TypeError, ValueError) as error:
+            if self.state["start"] is None:
+                raise
+            raise ValueError(
+                f"The state of the stream does not fit the data ({type(error).__name__}: {error}). Resume with the "
+                "same files, or start a new run from the weights of the checkpoint with `--model`."
+            ) from error
+        while block:
+            start, number, index = self.records.state_dict(), self.state["block"], self.state["index"]
+            order = np.random.default_rng([*self.seed, number]).permutation(len(block)).tolist()
+            following: list[dict[str, Any]] = []
+            for position, chosen in enumerate(order, 1):
+                record, block[chosen] = block[chosen], {}  # frees its memory
+                following += islice(stream, 1)
+                if position > index:
+                    self.state = {**self.state, "index": position}
+                    yield record
+            block, self.state = following, {"start": start, "block": number + 1, "index": 0}
+
+
+class _Stream(TorchIterableDataset):
+    """
+    The batches of one process from a stream, made in the workers of a `DataLoader`: lists of records with the number
+    of the worker and the state that follows, or an error.
+    """
+
+    def __init__(
+        self, records: IterableDataset, config: TrainingConfig, epoch: int, rank: int, state: StreamState
+    ) -> None:
+        super().__init__()
+        self.records, self.config, self.seed, self.state = records, config, (config.seed, epoch, rank), state
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Any]], int, dict[str, Any]] | Exception | None]:
         worker = get_worker_info()
-        self.num_made += 1
-        if self.num_made <= self.num_skipped // (1 if worker is None else worker.num_workers):
-            return None
+        number, size = 0 if worker is None else worker.id, self.config.batch_size
+        if number <= self.state.get("last", -1):
+            yield None  # a loader starts with worker 0, whose turn was before
+        own = self.state.get("workers", {}).get(str(number))
+        shuffled = Shuffled(self.records, self.config.shuffle_buffer, (*self.seed, number), own)
+        try:
+            stream = iter(shuffled)
+            while batch := list(islice(stream, size)):
+                if len(batch) == size or not self.config.drop_last:
+                    yield batch, number, shuffled.state
+        except Exception as error:  # raised here, the loader would wrap it
+            yield error
+
+
+def _part(records: IterableDataset, seed: int, epoch: int, rank: int, num_processes: int) -> IterableDataset:
+    """Returns the part of a process, with its shards in a drawn order. The buffer of `shuffle` would lose records."""
+    part = split_dataset_by_node(records, rank, num_processes)
+    # `skip` and `take` fix the order; newer versions of `datasets` raise this error
+    with contextlib.suppress(getattr(iterable_dataset, "DataSourcesShufflingDisallowed", NotImplementedError)):
+        part._ex_iterable = part._ex_iterable.shuffle_data_sources(np.random.default_rng([seed, epoch]))
+    part.set_epoch(epoch)
+    return part
+
+
+class _Collator:
+    """Calls the collator in the workers of a `DataLoader`. Returns errors, because the loader would wrap them."""
+
+    def __init__(self, collator: LoTLIPCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch | Exception:
         try:
             return self.collator(records)
         except Exception as error:
             return error
+
+    def stream(self, item: Any) -> tuple[Batch | Exception, int, dict[str, Any]] | Exception | None:
+        """Makes the batch of an item of [`_Stream`]."""
+        return (self(item[0]), *item[1:]) if isinstance(item, tuple) else item
 
 
 def iterate_batches(
@@ -111,14 +196,16 @@ def iterate_batches(
     start: int,
     rank: int,
     num_processes: int,
-) -> Iterator[tuple[int, int, Batch]]:
+    state: StreamState | None = None,
+) -> Iterator[tuple[int, int, Batch, StreamState]]:
     """
-    Yields `(epoch, next_batch, batch)` for one process without end, starting at batch `start` of `epoch`. A run that
-    stops after `batch` resumes at batch `next_batch` of `epoch`.
+    Yields `(epoch, next_batch, batch, state)` for one process without end, starting at batch `start` of `epoch`. A run
+    that stops after `batch` resumes at batch `next_batch` of `epoch`, and for a stream with `state`, else `{}`.
 
-    A stream is read from its beginning and shuffled within `shuffle_buffer` records. The processes divide its shards,
-    or its records if there are too few shards.
+    The shards of a stream are in a drawn order, and their records are shuffled in blocks of `shuffle_buffer` records.
+    The processes divide its shards, or its records if there are too few shards.
     """
+    state = state or {}
     for number in count(epoch):
         collator.set_epoch(number)
         arguments: dict[str, Any] = {
@@ -128,28 +215,26 @@ def iterate_batches(
             # A loader draws a number: from the global generator, a resumed run would draw one more.
             "generator": torch.Generator(),
         }
+        index = start
         if isinstance(records, IterableDataset):
-            shuffled = records.shuffle(config.seed, buffer_size=config.shuffle_buffer)
-            part = split_dataset_by_node(shuffled, rank, num_processes)
-            part.set_epoch(number)
-            loader = DataLoader(
-                part,  # pyright: ignore[reportArgumentType]
-                config.batch_size,
-                drop_last=config.drop_last,
-                collate_fn=_Collator(collator, start),
-                **arguments,
-            )
-            first = 0  # a stream is read from its first batch; those up to `start` are skipped below
+            part = _part(records, config.seed, number, rank, num_processes)
+            stream = _Stream(part, config, number, rank, state)
+            for item in DataLoader(stream, batch_size=None, collate_fn=_Collator(collator).stream, **arguments):
+                if item is None:
+                    continue
+                batch, worker, own = (item, -1, {}) if isinstance(item, Exception) else item
+                if isinstance(batch, Exception):
+                    raise batch
+                index += 1
+                state = {"last": worker, "workers": {**state.get("workers", {}), str(worker): own}}
+                yield number, index, batch, state
         else:
             sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
             loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
-            first = start
-        index = first
-        for index, batch in enumerate(loader, first + 1):
-            if isinstance(batch, Exception):
-                raise batch
-            if index > start:
-                yield number, index, batch
+            for index, batch in enumerate(loader, start + 1):
+                if isinstance(batch, Exception):
+                    raise batch
+                yield number, index, batch, {}
         if not index:
             raise ValueError(f"The data has no records for process {rank} of {num_processes}. Use fewer processes.")
-        start = 0
+        start, state = 0, {}

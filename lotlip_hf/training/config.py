@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
 
 import yaml
 
@@ -17,6 +17,9 @@ from ..data.record import Draw
 from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
 from ..options import option
+
+if TYPE_CHECKING:
+    from ..data.augment import Augment
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
@@ -230,6 +233,12 @@ class TrainingConfig:
         metavar="FILE",
     )
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
+    augment: list[str] = option(
+        "Random changes of images: crop:S, a crop of at least the share S of the area; flip:P and grey:P, a mirror "
+        "image and shades of grey with probability P; jitter:C, other colours, of strength C (default: none)",
+        default_factory=list,
+        metavar="CHANGE",
+    )
 
     terms: list[str] = option(
         "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, distribution, hard_negatives, "
@@ -391,9 +400,15 @@ class TrainingConfig:
         if self.patience is not None and self.eval_steps is None:
             raise ValueError("`patience` needs `eval_steps`. Set the steps between evaluations.")
         self.draw()
+        augment = self.augmentation()
         from .terms import make_terms  # slow: imports torch
 
         terms, _ = make_terms(self.terms, self.term_options)
+        boxed = [name for name, term in terms.items() if "boxes" in cast(Any, term).needs]
+        if boxed and augment is not None and augment.moves:
+            raise ValueError(
+                f"`augment` crop and flip would move the boxes of `terms` {', '.join(boxed)}. Leave one of them out."
+            )
         taught = {
             name: needs
             for name, term in terms.items()
@@ -457,6 +472,12 @@ class TrainingConfig:
             if field.name in TEXT_OPTIONS and field.name not in taken and getattr(self, field.name) != field.default:
                 raise ValueError(f"`{field.name}` has no effect with `captions` {self.captions}. Leave it out.")
         return strategy(**{name: getattr(self, name) for name in TEXT_OPTIONS if name in taken})
+
+    def augmentation(self) -> "Augment | None":
+        """Returns the random changes of images, or `None`."""
+        from ..data.augment import parse_augment  # slow: imports torch
+
+        return parse_augment(self.augment)
 
     def column_mapping(self) -> ColumnMapping:
         """Returns the columns of the mapping, or of the options that replace them."""

@@ -34,6 +34,8 @@ def _locked_towers(
         towers["image"] = ""
         if config.patch_dropout:
             towers["image"] = "`patch_dropout` is set"
+        elif config.augment:
+            towers["image"] = "`augment` is set"
         elif isinstance(records, IterableDataset):
             towers["image"] = "the records are a stream"
     if config.lock_text and not config.unlocked_text_layers:

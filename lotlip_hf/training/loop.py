@@ -27,7 +27,7 @@ from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..terminal import progress_bar
-from .batches import iterate_batches, num_steps
+from .batches import StreamState, iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
 from .data_checks import warn_of_data
@@ -169,6 +169,7 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
+        self.stream: StreamState = {}
         self.kept = None if config.keep is None else KeptIds(config.keep).digest
         self.ids: list[str] = []  # ids of the records in the last step
         self.counts: Counter[str] = Counter()
@@ -217,6 +218,7 @@ class _Run:
             return_ids=True,
             patch_dropout=config.patch_dropout,
             patch_size=getattr(model.config.vision_config, "patch_size", None),
+            augment=config.augmentation(),
             frozen=self.frozen,
             return_texts=self.teacher is not None and self.teacher.reads_texts,
             read_for_teacher=None if self.teacher is None else self.teacher.read,
@@ -259,6 +261,7 @@ class _Run:
             self.next_batch,
             accelerator.process_index,
             accelerator.num_processes,
+            self.stream,
         )
         set_training_mode(self.model)
         signum = 0
@@ -313,16 +316,16 @@ class _Run:
     def _is_out_of_patience(self) -> bool:
         return self.config.patience is not None and self.best.since >= self.config.patience
 
-    def _next_batches(self, batches: Iterator[tuple[int, int, Batch]]) -> list[Batch]:
+    def _next_batches(self, batches: Iterator[tuple[int, int, Batch, StreamState]]) -> list[Batch]:
         """
         Reads all batches of a step before the first is used. If a batch fails on any process, the state is still that
         of the last step and can be saved.
         """
         taken, error = [], None
-        epoch, next_batch = self.epoch, self.next_batch
+        epoch, next_batch, stream = self.epoch, self.next_batch, self.stream
         try:
             for _ in range(self.config.gradient_accumulation_steps):
-                epoch, next_batch, batch = next(batches)
+                epoch, next_batch, batch, stream = next(batches)
                 taken.append(add_teacher(add_states(batch, self.frozen), self.teacher))
         except Exception as caught:  # a data set may raise an exception of any class
             error = caught
@@ -331,7 +334,7 @@ class _Run:
         except Exception:
             self._save_before_stop()
             raise
-        self.epoch, self.next_batch = epoch, next_batch
+        self.epoch, self.next_batch, self.stream = epoch, next_batch, stream
         return taken
 
     def _take_step(self, batches: list[Batch]) -> None:
@@ -433,6 +436,7 @@ class _Run:
             "step": self.step,
             "epoch": self.epoch,
             "next_batch": self.next_batch,
+            "stream": self.stream,
             "counts": dict(self.counts),
             "window": asdict(self.meter),
             "data": self._data(),
@@ -497,6 +501,12 @@ class _Run:
                 "checkpoint."
             )
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
+        self.stream = progress.get("stream", {})
+        if isinstance(self.records, IterableDataset) and self.next_batch and not self.stream:
+            raise CheckpointError(
+                f"{checkpoint} has no state of the stream, because an older version of lotlip-hf wrote it. Start a "
+                f"new run from its weights with `--model {checkpoint}`."
+            )
         self.counts.update(progress["counts"])
         self.meter = Meter(**progress["window"])
         self._clear_first_state()
@@ -531,7 +541,23 @@ def _is_progress(progress: Any) -> bool:
             numbers = [progress["step"], progress["epoch"], progress["next_batch"], batches, samples, *counts.values()]
             return (
                 not others
+                and _is_stream(progress.get("stream", {}))
                 and all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
                 and all(is_loss(name) and isinstance(total, int | float) for name, total in sums.items())
             )
+    return False
+
+
+def _is_stream(stream: Any) -> bool:
+    """Returns whether `stream` has the form of a [`StreamState`]."""
+    match stream:
+        case {"last": int(last), "workers": dict(workers), **others}:
+            return not others and last >= 0 and all(map(_is_worker, workers.values()))
+    return stream == {}
+
+
+def _is_worker(state: Any) -> bool:
+    match state:
+        case {"start": dict() | None, "block": int(block), "index": int(index), **others}:
+            return not others and block >= 0 and index >= 0
     return False

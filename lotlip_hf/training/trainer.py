@@ -120,7 +120,7 @@ class LoTLIPTrainer(Trainer):
             whole = WholeCaptions(captioners, getattr(collator.draw, "splitter", "sentences"))
             self.data_collator = copy.copy(collator)
             self.data_collator.draw, self.data_collator.patch_dropout = whole, 0.0
-            self.data_collator.word_scores = None
+            self.data_collator.augment = self.data_collator.word_scores = None
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:

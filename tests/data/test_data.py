@@ -36,7 +36,7 @@ from lotlip_hf.data.records import (
 )
 from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
-from lotlip_hf.images import ImageError, load_image
+from lotlip_hf.images import ImageError, PlainImageProcessor, load_image
 from lotlip_hf.relabel.captioners.base import CaptionerConfig
 from lotlip_hf.relabel.config import RelabelConfig
 from lotlip_hf.relabel.run import _open_records
@@ -145,14 +145,14 @@ def test_a_picture_that_does_not_fit_in_memory_is_left_out(
 ) -> None:
     records = some_records(3)
     records[1]["image"] = Image.new("RGB", (47, 31))
-    call = type(processor.image_processor).__call__
+    call = PlainImageProcessor.__call__
 
     def short_of_memory(self: Any, images: list[Image.Image], **kwargs: Any) -> Any:
         if any(image.size == (47, 31) for image in images):
             raise MemoryError
         return call(self, images, **kwargs)
 
-    monkeypatch.setattr(type(processor.image_processor), "__call__", short_of_memory)
+    monkeypatch.setattr(PlainImageProcessor, "__call__", short_of_memory)
     batch = LoTLIPCollator(processor, on_error="skip", return_ids=True)(records)
     assert len(batch["pixel_values"]) == 2
     assert batch["counts"]["broken_images"] == 1

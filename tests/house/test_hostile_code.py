@@ -189,7 +189,7 @@ def test_a_progress_that_is_none(content: str, run: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step", "epoch", "next_batch", "counts", "window", "data"])
+@pytest.mark.parametrize("name", ["step", "epoch", "next_batch", "stream", "counts", "window", "data"])
 def test_a_progress_of_wrong_types(name: str, run: Path, capsys: pytest.CaptureFixture) -> None:
     file = run / "checkpoint-2" / STATE / "0-progress.json"
     progress = json.loads(file.read_text())
