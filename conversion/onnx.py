@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from lotlip_hf import LoTLIPModel
-from lotlip_hf.engines.onnx import FILES, missing_packages, open_tower
+from lotlip_hf.engines.onnx import FILES, open_tower
 from lotlip_hf.files import all_or_nothing, one_line
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
@@ -36,16 +35,17 @@ from lotlip_hf.terminal import run
 from .common import ConversionError, check_output
 from .towers import (
     INPUTS,
-    LEAST_COSINE,
     OUTPUTS,
-    TOLERANCE,
+    ExportedTower,
     Tower,
+    check_cosine,
+    check_difference,
+    check_packages,
+    example_of,
     features_of,
-    images_to_check,
-    largest_difference,
     load_towers,
-    texts_to_check,
-    tower_configs,
+    torch_features,
+    tower_parser,
     without_messages,
     write_settings,
 )
@@ -57,25 +57,6 @@ LOGIT_SCALE = "logit_scale"
 
 
 @dataclass(frozen=True)
-class OnnxTower:
-    """
-    A file that [`convert`] wrote.
-
-    Args:
-        file (`str`): Name of the file.
-        size (`int`): Size in bytes, with weights in `<file>.data` if there are any.
-        difference (`float`): Largest difference between the features before quantisation and PyTorch's, relative to a
-            feature's norm.
-        cosine (`float`, *optional*): Smallest cosine between quantised features and PyTorch's.
-    """
-
-    file: str
-    size: int
-    difference: float
-    cosine: float | None = None
-
-
-@dataclass(frozen=True)
 class OnnxCheckpoint:
     """
     The folder that [`convert`] wrote.
@@ -83,13 +64,13 @@ class OnnxCheckpoint:
     Args:
         folder (`Path`): The folder.
         opset (`int`): Version of ONNX's operators.
-        towers (`tuple[OnnxTower, ...]`): Files of the towers.
+        towers (`tuple[ExportedTower, ...]`): Files of the towers.
         processor (`tuple[str, ...]`): Classes of the saved processor, tokenizer or image processor.
     """
 
     folder: Path
     opset: int
-    towers: tuple[OnnxTower, ...]
+    towers: tuple[ExportedTower, ...]
     processor: tuple[str, ...]
 
 
@@ -129,9 +110,7 @@ def convert(
             features differ from PyTorch's by more than 1e-4 of a feature's norm; or if the cosine between a quantised
             feature and PyTorch's is below 0.98.
     """
-    missing = missing_packages("onnx", "onnxscript", "onnxruntime")
-    if missing:
-        raise ConversionError(missing)
+    check_packages("ONNX", "onnx", "onnxscript", "onnxruntime")
     if quantize not in (None, "int8"):
         raise ConversionError(f"--quantize {quantize} is not supported. Use int8.")
     target = check_output(output)
@@ -154,66 +133,37 @@ def _write_tower(
     quantize: str | None,
     opset: int,
     report: Callable[[str], None],
-) -> OnnxTower:
+) -> ExportedTower:
     file = folder / FILES[tower]
-    module = Tower(lotlip, tower)
-    config = tower_configs(lotlip)[tower]
-    batches = texts_to_check(config) if tower == "text" else images_to_check(config, processors)
-    try:
-        with torch.inference_mode():
-            expected = [module(*batch) for batch in batches]
-    except ValueError as error:  # the processor makes images of a wrong size
-        raise ConversionError(f"The {tower} tower does not accept its processor's outputs: {error}") from error
-
+    module, batches, expected = torch_features(lotlip, tower, processors)
     # Compare the features in float32, then the cosines of quantised features, which are less exact.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = file if quantize is None else Path(temporary) / file.name
-        _export(module, tower, batches[0], opset, full)
-        difference = largest_difference(features_of(open_tower, full.parent, tower, batches), expected)
-        report(f"  features differ from PyTorch's by at most {difference:.1e} of their norm")
-        if not difference <= TOLERANCE:
-            raise ConversionError(
-                f"{file.name}: ONNX Runtime's features differ from PyTorch's by {difference:.1e} of their norm, more "
-                f"than {TOLERANCE:.0e}. Nothing was written. Check that all weights are finite, or change --opset."
-            )
+        _export(module, batches[0], opset, full)
+        given = features_of(open_tower, full.parent, tower, batches)
+        difference = check_difference(file.name, "ONNX Runtime", given, expected, report, advice=", or change --opset")
         cosine = None
         if quantize is not None:
             _quantize(full, file)
-            features = torch.cat(features_of(open_tower, file.parent, tower, batches))
-            cosine = nn.functional.cosine_similarity(features, torch.cat(expected)).min().item()
-            report(f"  int8: cosines to PyTorch's features of at least {cosine:.4f}")
-            if not cosine >= LEAST_COSINE:
-                raise ConversionError(
-                    f"{file.name}: a feature in int8 has a cosine of {cosine:.4f} to PyTorch's, less than "
-                    f"{LEAST_COSINE}. Nothing was written. Export without --quantize."
-                )
+            quantised = torch.cat(features_of(open_tower, file.parent, tower, batches))
+            cosine = check_cosine(file.name, quantised, torch.cat(expected), report)
     size = sum(path.stat().st_size for path in (file, _data_file(file)) if path.is_file())
-    return OnnxTower(file.name, size, difference, cosine)
+    return ExportedTower(file.name, size, difference, cosine)
 
 
-def _export(module: Tower, tower: str, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
+def _export(module: Tower, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
     """Writes the graph and the weights. Weights that are too large for the file go to a second file."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # Use no sizes that the exporter would fix: 0, 1, and for any size the configured size and squares.
-    config = tower_configs(module.model)[tower]
-    if tower == "text":
-        example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
-        sizes: Any = {0: "batch", 1: "length"}
-    elif config.family.any_size_in_onnx:
-        example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
-        sizes = {0: "batch", 2: "height", 3: "width"}
-    else:
-        example = (torch.zeros(2, *batch[0].shape[1:]),)
-        sizes = {0: "batch"}
+    example, axes = example_of(module, batch)
     try:
         with without_messages(), torch.no_grad():
             program: Any = torch.onnx.export(
                 module,
                 example,
-                input_names=INPUTS[tower],
-                output_names=[OUTPUTS[tower]],
-                dynamic_shapes=((sizes,) * len(example),),
+                input_names=INPUTS[module.tower],
+                output_names=[OUTPUTS[module.tower]],
+                dynamic_shapes=((axes,) * len(example),),
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
@@ -273,26 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser(prog: str = "lotlip convert onnx") -> Parser:
     """Returns the parser of the command."""
-    flags = Parser(prog=prog, description=DESCRIPTION)
-    group = flags.add_argument_group("Conversion")
-    group.add_argument(
-        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
-    )
-    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
-    group.add_argument(
-        "--quantize", choices=("int8",), help="Store linear layers in 8 bits: a smaller and faster model"
-    )
+    flags, group = tower_parser(prog, DESCRIPTION, "Store linear layers in 8 bits: a smaller and faster model")
     group.add_argument(
         "--opset", type=int, default=OPSET, metavar="N", help="ONNX operator set version (default: %(default)s)"
     )
-    only = group.add_mutually_exclusive_group()
-    only.add_argument(
-        "--text-only", dest="towers", action="store_const", const=("text",), help="Convert only the text tower"
-    )
-    only.add_argument(
-        "--vision-only", dest="towers", action="store_const", const=("vision",), help="Convert only the image tower"
-    )
-    flags.set_defaults(towers=tuple(FILES))
     return flags
 
 
@@ -308,8 +242,7 @@ def _main(argv: Sequence[str] | None) -> None:
     )
     print(f"Wrote {written.folder}, opset {written.opset}")
     for tower in written.towers:
-        precision = "float32" if tower.cosine is None else f"int8, cosines to float32 from {tower.cosine:.4f} up"
-        print(f"  {tower.file}: {tower.size / 1e6:,.1f} MB, {precision}")
+        print(f"  {tower}")
     print(
         f"  {', '.join(written.processor) or 'no tokenizer and no image processor, because the checkpoint has none'}"
     )

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,17 @@ from lotlip_hf.terminal import run
 from .common import ConversionError, check_output
 from .towers import (
     INPUTS,
-    LEAST_COSINE,
     OUTPUTS,
-    TOLERANCE,
+    ExportedTower,
     Tower,
+    check_cosine,
+    check_difference,
+    check_packages,
+    example_of,
     features_of,
-    images_to_check,
-    largest_difference,
     load_towers,
-    texts_to_check,
-    tower_configs,
+    torch_features,
+    tower_parser,
     without_messages,
     write_settings,
 )
@@ -59,39 +59,19 @@ NUM_SAMPLES = 192
 
 
 @dataclass(frozen=True)
-class OpenVINOTower:
-    """
-    A tower that [`convert`] wrote.
-
-    Args:
-        file (`str`): Name of the file with the graph.
-        size (`int`): Size of graph and weights in bytes.
-        difference (`float`): Largest difference between the features before quantisation and PyTorch's, relative to a
-            feature's norm.
-        cosine (`float`, *optional*): Smallest cosine between quantised features and PyTorch's, for captions or
-            pictures that did not calibrate.
-    """
-
-    file: str
-    size: int
-    difference: float
-    cosine: float | None = None
-
-
-@dataclass(frozen=True)
 class OpenVINOCheckpoint:
     """
     The folder that [`convert`] wrote.
 
     Args:
         folder (`Path`): The folder.
-        towers (`tuple[OpenVINOTower, ...]`): Files of the towers.
+        towers (`tuple[ExportedTower, ...]`): Files of the towers.
         recall (`tuple[float, float]`, *optional*): R@1 from long captions to pictures among held-out Scenes, in
             PyTorch and in int8, between 0 and 1. Only if Scenes calibrated both towers.
     """
 
     folder: Path
-    towers: tuple[OpenVINOTower, ...]
+    towers: tuple[ExportedTower, ...]
     recall: tuple[float, float] | None = None
 
 
@@ -133,10 +113,7 @@ def convert(
             features differ from PyTorch's by more than 1e-4 of a feature's norm; if there are fewer than 2 captions
             or pictures; or if the cosine between a quantised feature and PyTorch's is below 0.98.
     """
-    needed = ("openvino",) if quantize is None else ("openvino", "nncf")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise ConversionError(f"OpenVINO needs {', '.join(missing)}: pip install 'lotlip-hf[openvino]'")
+    check_packages("OpenVINO", *(("openvino",) if quantize is None else ("openvino", "nncf")))
     if quantize not in (None, "int8"):
         raise ConversionError(f"--quantize {quantize} is not supported. Use int8.")
     if quantize is None and (texts or images):
@@ -160,7 +137,7 @@ def convert(
             difference, cosine = _write_tower(lotlip, tower, processors, folder, samples.get(tower), held_out, report)
             file = folder / FILES[tower]
             size = file.stat().st_size + file.with_suffix(".bin").stat().st_size
-            written.append(OpenVINOTower(file.name, size, difference, cosine))
+            written.append(ExportedTower(file.name, size, difference, cosine))
     recall = None
     if len(held_out) == 2 and not texts and not images:
         in_torch, in_int8 = (_recall(held_out["text"][which], held_out["vision"][which]) for which in (0, 1))
@@ -179,61 +156,33 @@ def _write_tower(
 ) -> tuple[float, float | None]:
     """Writes a tower, in int8 if there are `samples`. Returns the difference to PyTorch and the cosine, and adds the
     features of the held-out samples in PyTorch and in int8 to `held_out`."""
-    module = Tower(lotlip, tower)
-    config = tower_configs(lotlip)[tower]
-    batches = texts_to_check(config) if tower == "text" else images_to_check(config, processors)
-    try:
-        with torch.inference_mode():
-            expected = [module(*batch) for batch in batches]
-    except ValueError as error:  # the processor makes images of a wrong size
-        raise ConversionError(f"The {tower} tower does not accept its processor's outputs: {error}") from error
-
+    module, batches, expected = torch_features(lotlip, tower, processors)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = folder if samples is None else Path(temporary)
-        _export(module, tower, batches[0], full / FILES[tower])
+        _export(module, batches[0], full / FILES[tower])
         in_float32 = partial(open_tower, dtype="float32", is_kept=False)
-        difference = largest_difference(features_of(in_float32, full, tower, batches), expected)
-        report(f"  features differ from PyTorch's by at most {difference:.1e} of their norm")
-        if not difference <= TOLERANCE:
-            raise ConversionError(
-                f"{FILES[tower]}: OpenVINO's features differ from PyTorch's by {difference:.1e} of their norm, more "
-                f"than {TOLERANCE:.0e}. Nothing was written. Check that all weights are finite."
-            )
+        given = features_of(in_float32, full, tower, batches)
+        difference = check_difference(FILES[tower], "OpenVINO", given, expected, report)
         if samples is None:
             return difference, None
         kept = samples[1::3]
-        report(f"  calibrating int8 by {len(samples) - len(kept)} samples ...")
+        report(f"  calibrating int8 by {len(samples) - len(kept)} samples, {len(kept)} others are held out ...")
         _quantize(full, folder, tower, [one for index, one in enumerate(samples) if index % 3 != 1])
         with torch.inference_mode():
             in_torch = torch.cat([module(*sample) for sample in kept])
         in_int8 = torch.cat(features_of(partial(open_tower, is_kept=False), folder, tower, kept))
-    cosine = nn.functional.cosine_similarity(in_int8, in_torch).min().item()
-    report(f"  int8: cosines to PyTorch's features of at least {cosine:.4f} for {len(kept)} other samples")
-    if not cosine >= LEAST_COSINE:
-        raise ConversionError(
-            f"{FILES[tower]}: a feature in int8 has a cosine of {cosine:.4f} to PyTorch's, less than {LEAST_COSINE}. "
-            "Nothing was written. Export without --quantize, for bfloat16."
-        )
+    cosine = check_cosine(FILES[tower], in_int8, in_torch, report, advice=", for bfloat16")
     held_out[tower] = in_torch, in_int8
     return difference, cosine
 
 
-def _export(module: Tower, tower: str, batch: Sequence[torch.Tensor], file: Path) -> None:
+def _export(module: Tower, batch: Sequence[torch.Tensor], file: Path) -> None:
     """Writes the graph and the weights in float32."""
     with without_telemetry():
         import openvino
-    # Use no sizes that PyTorch would fix: 0, 1, and for any size the configured size and squares.
-    config = tower_configs(module.model)[tower]
-    dynamic = torch.export.Dim.DYNAMIC
-    if tower == "text":
-        example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
-        sizes = {0: dynamic, 1: dynamic}
-    elif config.family.any_size_in_onnx:
-        example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
-        sizes = {0: dynamic, 2: dynamic, 3: dynamic}
-    else:
-        example = (torch.zeros(2, *batch[0].shape[1:]),)
-        sizes = {0: dynamic}
+    tower = module.tower
+    example, axes = example_of(module, batch)
+    sizes = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     try:
         with without_messages(), without_telemetry(), _finite_masks(), torch.no_grad():
             program = torch.export.export(module, example, dynamic_shapes=((sizes,) * len(example),), strict=False)
@@ -358,27 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser(prog: str = "lotlip convert openvino") -> Parser:
     """Returns the parser of the command."""
-    flags = Parser(prog=prog, description=DESCRIPTION)
-    group = flags.add_argument_group("Conversion")
-    group.add_argument(
-        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
-    )
-    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
-    group.add_argument(
-        "--quantize", choices=("int8",), help="Compute linear layers in 8 bits: a smaller and faster model"
-    )
+    flags, group = tower_parser(prog, DESCRIPTION, "Compute linear layers in 8 bits: a smaller and faster model")
     group.add_argument(
         "--texts", metavar="FILE", help="Captions that calibrate int8, one a line (default: captions of Scenes)"
     )
     group.add_argument("--images", metavar="FOLDER", help="Pictures that calibrate int8 (default: pictures of Scenes)")
-    only = group.add_mutually_exclusive_group()
-    only.add_argument(
-        "--text-only", dest="towers", action="store_const", const=("text",), help="Convert only the text tower"
-    )
-    only.add_argument(
-        "--vision-only", dest="towers", action="store_const", const=("vision",), help="Convert only the image tower"
-    )
-    flags.set_defaults(towers=tuple(FILES))
     return flags
 
 
@@ -395,8 +328,7 @@ def _main(argv: Sequence[str] | None) -> None:
     )
     print(f"Wrote {written.folder}")
     for tower in written.towers:
-        precision = "float32" if tower.cosine is None else f"int8, cosines to float32 from {tower.cosine:.4f} up"
-        print(f"  {tower.file}: {tower.size / 1e6:,.1f} MB, {precision}")
+        print(f"  {tower}")
     if written.recall is not None:
         print(f"  R@1 of held-out Scenes: {written.recall[0]:.1%} in PyTorch, {written.recall[1]:.1%} in int8")
 

@@ -5,6 +5,8 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.images import load_pixels
 from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
+from lotlip_hf.options import Parser
 
 from .common import ConversionError, checked_length, load_checkpoint, local_folder, random_texts
 
@@ -25,6 +28,29 @@ TOLERANCE = 1e-4
 LEAST_COSINE = 0.98
 INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
 OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
+
+
+@dataclass(frozen=True)
+class ExportedTower:
+    """
+    A tower that `lotlip convert onnx` or `lotlip convert openvino` wrote.
+
+    Args:
+        file (`str`): Name of the file with the graph.
+        size (`int`): Size of graph and weights in bytes.
+        difference (`float`): Largest difference between the features before quantisation and PyTorch's, relative to a
+            feature's norm.
+        cosine (`float`, *optional*): Smallest cosine between quantised features and PyTorch's.
+    """
+
+    file: str
+    size: int
+    difference: float
+    cosine: float | None = None
+
+    def __str__(self) -> str:
+        precision = "float32" if self.cosine is None else f"int8, cosines to float32 from {self.cosine:.4f} up"
+        return f"{self.file}: {self.size / 1e6:,.1f} MB, {precision}"
 
 
 class Tower(nn.Module):
@@ -44,6 +70,13 @@ class Tower(nn.Module):
         outputs = self.model(**named)
         name = OUTPUTS[self.tower]
         return outputs[name] if name in outputs else outputs.pooler_output
+
+
+def check_packages(kind: str, *names: str) -> None:
+    """Raises a `ConversionError` if packages are missing, which names the extra with them."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ConversionError(f"{kind} needs {', '.join(missing)}: pip install 'lotlip-hf[{kind.lower()}]'")
 
 
 def load_towers(model: str | Path, towers: Sequence[str], kind: str) -> tuple[PreTrainedModel, list[Any], list[str]]:
@@ -117,6 +150,32 @@ def without_messages() -> Iterator[None]:
         logging.root.removeHandler(handler)
 
 
+def torch_features(
+    lotlip: PreTrainedModel, tower: str, processors: Sequence[Any]
+) -> tuple[Tower, list[tuple[torch.Tensor, ...]], list[torch.Tensor]]:
+    """A tower as a module, batches of inputs to compare an export with PyTorch, and the features [B, P] of each."""
+    module = Tower(lotlip, tower)
+    config = tower_configs(lotlip)[tower]
+    batches = _texts_to_check(config) if tower == "text" else _images_to_check(config, processors)
+    try:
+        with torch.inference_mode():
+            return module, batches, [module(*batch) for batch in batches]
+    except ValueError as error:  # the processor makes images of a wrong size
+        raise ConversionError(f"The {tower} tower does not accept its processor's outputs: {error}") from error
+
+
+def example_of(module: Tower, batch: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
+    """Inputs to trace a tower with, and the names of their axes that may have any size. The sizes are none that an
+    exporter would fix: 0, 1, and for any size the configured size and squares."""
+    config = tower_configs(module.model)[module.tower]
+    if module.tower == "text":
+        return tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS["text"]), {0: "batch", 1: "length"}
+    if config.family.any_size_in_onnx:
+        image = torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size)
+        return (image,), {0: "batch", 2: "height", 3: "width"}
+    return (torch.zeros(2, *batch[0].shape[1:]),), {0: "batch"}
+
+
 def features_of(
     open_tower: Callable[[Path, str], Callable[[dict[str, np.ndarray]], np.ndarray]],
     folder: Path,
@@ -129,20 +188,68 @@ def features_of(
     return [torch.from_numpy(run(dict(zip(INPUTS[tower], batch, strict=True)))) for batch in arrays]
 
 
-def largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to a feature's norm, or NaN if a feature is not finite."""
+def check_difference(
+    file: str,
+    runtime: str,
+    given: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    report: Callable[[str], None],
+    advice: str = "",
+) -> float:
+    """Returns the largest difference relative to a feature's norm. Raises an error if it is large, or NaN."""
     one, other = torch.cat(list(given)), torch.cat(list(expected))
-    return ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
+    difference = ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
+    report(f"  features differ from PyTorch's by at most {difference:.1e} of their norm")
+    if not difference <= TOLERANCE:
+        raise ConversionError(
+            f"{file}: {runtime}'s features differ from PyTorch's by {difference:.1e} of their norm, more than "
+            f"{TOLERANCE:.0e}. Nothing was written. Check that all weights are finite{advice}."
+        )
+    return difference
 
 
-def texts_to_check(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
+def check_cosine(
+    file: str, given: torch.Tensor, expected: torch.Tensor, report: Callable[[str], None], advice: str = ""
+) -> float:
+    """Returns the smallest cosine between quantised features and PyTorch's, [B, P]. Raises an error if it is small."""
+    cosine = nn.functional.cosine_similarity(given, expected).min().item()
+    report(f"  int8: cosines to PyTorch's features of at least {cosine:.4f}")
+    if not cosine >= LEAST_COSINE:
+        raise ConversionError(
+            f"{file}: a feature in int8 has a cosine of {cosine:.4f} to PyTorch's, less than {LEAST_COSINE}. Nothing "
+            f"was written. Export without --quantize{advice}."
+        )
+    return cosine
+
+
+def tower_parser(prog: str, description: str, quantize: str) -> tuple[Parser, Any]:
+    """Returns a parser with the options of both exports, and its group. `quantize` describes int8."""
+    flags = Parser(prog=prog, description=description)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
+    )
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument("--quantize", choices=("int8",), help=quantize)
+    only = group.add_mutually_exclusive_group()
+    only.add_argument(
+        "--text-only", dest="towers", action="store_const", const=("text",), help="Convert only the text tower"
+    )
+    only.add_argument(
+        "--vision-only", dest="towers", action="store_const", const=("vision",), help="Convert only the image tower"
+    )
+    flags.set_defaults(towers=tuple(INPUTS))
+    return flags, group
+
+
+def _texts_to_check(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
     """Batches of ids and masks, padded on either side. If texts are short, the longest exceed the positions."""
     limit = checked_length(config)
     shapes = [(1, 1), (1, 2), (3, 2), (3, min(7, limit)), (5, limit // 2), (2, limit), (2, limit + 3)]
     return [batch for side in ("right", "left") for batch in random_texts(config, shapes, side)]
 
 
-def images_to_check(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, ...]]:
+def _images_to_check(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, ...]]:
     """Batches [B, channels, height, width]: an image from the processor, and random images (of several sizes, if the
     tower accepts them)."""
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .engines import Modality
+from .engines import OPEN_CLIP, Modality
 from .engines.exported import is_exported, load_exported
 from .files import MAX_CHARACTERS
 from .images import Background, ImageError, ImageSource, is_image_source
@@ -42,8 +42,6 @@ SIMILAR_LENGTH = 0.9
 MIN_LENGTH = 3
 # Versions in all fingerprints. Increase the version if a change of the code changes embeddings.
 FORMAT_VERSIONS: dict[Modality, int] = {"image": 3, "text": 1}
-# Prefix of the names that open_clip loads, as in `engines.open_clip`, which imports PyTorch
-OPEN_CLIP = "open_clip:"
 NOT_POOLED = ("_projection.", "corner_embeds")  # weights that do not change the pooled states of a tower
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +58,3 @@ def open_tower(folder: Path, tower: str, dtype: str = "auto") -> Callable[[Mappi
         return np.asarray(features)
 
     return run
-
-
-def missing_packages(*names: str) -> str | None:
-    """Install hint for the packages that are missing, or `None` if all are installed."""
-    missing = [name for name in names if find_spec(name) is None]
-    if not missing:
-        return None
-    return f"ONNX needs {', '.join(missing)}: pip install 'lotlip-hf[onnx]'"

@@ -17,13 +17,11 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 from ..files import one_line
 from ..images import WHITE, ImageSource, is_thin, load_image, load_pixels, resized_middle
 from ..loading import cached_commit, usable_device
-from . import Modality
+from . import OPEN_CLIP, Modality
 from .torch import SIMILARITY_WEIGHTS, described, tokenizer_settings
 
 logger = logging.getLogger(__name__)
 
-# Prefix of the names that `load_encoder` loads with open_clip.
-OPEN_CLIP = "open_clip:"
 # Prefixes of open_clip's names for Hub repositories and folders.
 HUB, FOLDER = "hf-hub:", "local-dir:"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..images import ImageSource, background_of, checked_background, load_image, load_pixels
 from ..loading import max_text_length
@@ -120,9 +120,6 @@ class TorchEngine(ProcessorInputs):
     """
 
     libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
-
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        super().__init__(model, processor)
 
     @property
     def name(self) -> str:

@@ -23,7 +23,6 @@ from torch.onnx._internal.exporter import _onnx_program
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 import lotlip_hf.engines.exported
-import lotlip_hf.engines.onnx
 import tiny
 import tiny_clip
 import tiny_families
@@ -420,7 +419,7 @@ def test_missing_packages_are_named_in_one_line(
     def find(name: str) -> Any:
         return None if name in ("onnxscript", "onnxruntime") else find_spec(name)
 
-    monkeypatch.setattr(lotlip_hf.engines.onnx, "find_spec", find)
+    monkeypatch.setattr("lotlip_hf.conversion.towers.find_spec", find)
     monkeypatch.setattr(lotlip_hf.engines.exported, "find_spec", find)
     assert main(["--model", str(official_checkpoint), "--output", str(tmp_path / "onnx")]) == 2
     assert "onnxscript, onnxruntime: pip install 'lotlip-hf[onnx]'" in capsys.readouterr().err

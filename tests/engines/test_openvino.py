@@ -147,7 +147,7 @@ def test_missing_packages_are_named(
         return None if name == "openvino" else find_spec(name)
 
     monkeypatch.setattr(lotlip_hf.engines.exported, "find_spec", find)
-    monkeypatch.setattr("lotlip_hf.conversion.openvino.find_spec", find)
+    monkeypatch.setattr("lotlip_hf.conversion.towers.find_spec", find)
     arguments = ["convert", "openvino", "--model", str(official_checkpoint), "--output", str(tmp_path / "new")]
     assert lotlip(arguments) == 2
     assert "lotlip-hf[openvino]" in capsys.readouterr().err
