@@ -58,10 +58,12 @@ def add_shards(path: Path, shards: Sequence[Path], progress: bool = True) -> Any
         `Table`: The table of LanceDB.
 
     Raises:
-        `ValueError`: If a shard has other columns than the table, or embeddings of another model.
+        `ValueError`: If there are no shards, or one has other columns than the table, or embeddings of another model.
     """
     if path.suffix != ".lance":
         raise ValueError(f"{path}: the name of a table ends in .lance. Pass {path}.lance.")
+    if not shards:
+        raise ValueError("--add: the folders contain no .parquet files. Pass the --output of `lotlip embed --data`.")
     table = open_table(path)
     for shard in shards:  # check all before the first is added
         schema = schema_of(shard)
@@ -125,7 +127,10 @@ def check_model(table: Any, encoder: Encoder) -> None:
     """Raises a `ValueError` if another model made the embeddings of a table."""
     metadata = table.schema.metadata
     if metadata[b"fingerprint"].decode() != encoder.fingerprint("image"):
-        raise ValueError(f"{encoder.name} is not the model of the table, {metadata[b'model'].decode()}. Pass --model.")
+        model = metadata[b"model"].decode()
+        raise ValueError(
+            f"{encoder.name} is not the model of the table. Pass --model {model}, or use another --table."
+        )
 
 
 @printable_output()

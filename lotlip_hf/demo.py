@@ -530,6 +530,11 @@ def serve(
     """
     page = build(models, examples)
     try:
-        page.launch(server_port=port, share=share, ssr_mode=False, css=STYLE, theme=THEME)
+        # Without a link, be quiet: gradio would advise an argument that the command does not have.
+        options = {"quiet": not share, "prevent_thread_lock": True, "ssr_mode": False}
+        page.launch(server_port=port, share=share, css=STYLE, theme=THEME, **options)
     except OSError as error:
         raise OSError(f"The page cannot be served: {error}. Try another --port.") from error
+    if not share:
+        print(f"The page is at {page.local_url} (Ctrl-C ends it).", flush=True)
+    page.block_thread()

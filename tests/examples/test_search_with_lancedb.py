@@ -95,6 +95,8 @@ def test_shards_of_another_model_or_with_other_columns_are_refused(script: Any, 
     assert script.open_table(path).count_rows() == 1
     with pytest.raises(ValueError, match=r"\.lance"):
         script.add_shards(tmp_path / "images", [good], progress=False)
+    with pytest.raises(ValueError, match="--add"):
+        script.add_shards(path, [], progress=False)
 
 
 def test_a_text_is_searched_by_the_model_of_the_table(

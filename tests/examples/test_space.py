@@ -319,6 +319,7 @@ def test_the_page_of_a_folder(app: ModuleType, official_checkpoint: Path, pictur
         client = Client(url, verbose=False, download_files=False)
         answer = client.predict([], TEXT, api_name="/rank")
         message, _ = client.predict([], "", api_name="/explain")
+        assert url in (tmp_path / "app.log").read_text()
     model = app.Model("checkpoint", load_encoder(official_checkpoint, device="cpu"))
     expected = app.rank([model], pictures, TEXT)[0][0]
     assert answer[0] == ""
