@@ -110,7 +110,7 @@ def convert(
             features differ from PyTorch's by more than 1e-4 of a feature's norm; or if the cosine between a quantised
             feature and PyTorch's is below 0.98.
     """
-    check_packages("ONNX", "onnx", "onnxscript", "onnxruntime")
+    check_packages("ONNX", "pip install 'lotlip-hf[onnx]'", "onnx", "onnxscript", "onnxruntime")
     if quantize not in (None, "int8"):
         raise ConversionError(f"--quantize {quantize} is not supported. Use int8.")
     target = check_output(output)

@@ -113,7 +113,8 @@ def convert(
             features differ from PyTorch's by more than 1e-4 of a feature's norm; if there are fewer than 2 captions
             or pictures; or if the cosine between a quantised feature and PyTorch's is below 0.98.
     """
-    check_packages("OpenVINO", *(("openvino",) if quantize is None else ("openvino", "nncf")))
+    needed = ("openvino",) if quantize is None else ("openvino", "nncf")
+    check_packages("OpenVINO", "pip install 'lotlip-hf[openvino]'", *needed)
     if quantize not in (None, "int8"):
         raise ConversionError(f"--quantize {quantize} is not supported. Use int8.")
     if quantize is None and (texts or images):

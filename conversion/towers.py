@@ -72,11 +72,11 @@ class Tower(nn.Module):
         return outputs[name] if name in outputs else outputs.pooler_output
 
 
-def check_packages(kind: str, *names: str) -> None:
-    """Raises a `ConversionError` if packages are missing, which names the extra with them."""
+def check_packages(kind: str, hint: str, *names: str) -> None:
+    """Raises a `ConversionError` with a hint if packages are missing."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise ConversionError(f"{kind} needs {', '.join(missing)}: pip install 'lotlip-hf[{kind.lower()}]'")
+        raise ConversionError(f"{kind} needs {', '.join(missing)}: {hint}")
 
 
 def load_towers(model: str | Path, towers: Sequence[str], kind: str) -> tuple[PreTrainedModel, list[Any], list[str]]:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from .torch import ProcessorInputs
 
-# End of the towers' files -> module of this package that runs them, and extra with what it needs. A module has:
+# End of the towers' files -> module of this package that runs them, and how to install what it needs. A module has:
 #   FILES: dict[str, str]             tower, "text" or "vision" -> name of its file
 #   LIBRARY: str                      package that runs the files
 #   DTYPES: tuple[str, ...]           types of the computation, of which the first is that of "auto"
 #   open_tower(folder, tower, dtype)  function of a batch's inputs by name that computes features [B, P] in float32
 RUNTIMES = {
-    ".xml": "openvino",
-    ".onnx": "onnx",
+    ".xml": ("openvino", "pip install 'lotlip-hf[openvino]'"),
+    ".onnx": ("onnx", "pip install 'lotlip-hf[onnx]'"),
 }
 TOWERS: dict[Modality, str] = {"text": "text", "image": "vision"}
 # Ends of the files with weights beside a tower's file
@@ -159,9 +159,10 @@ def load_exported(
     ending = _ending(folder)
     if ending is None:
         raise FileNotFoundError(f"{folder}: no exported tower. Export a checkpoint with `lotlip convert onnx`.")
-    runtime: Any = import_module(f".{RUNTIMES[ending]}", __package__)
+    module, hint = RUNTIMES[ending]
+    runtime: Any = import_module(f".{module}", __package__)
     if find_spec(runtime.LIBRARY) is None:
-        raise ImportError(f"{folder} needs {runtime.LIBRARY}: pip install 'lotlip-hf[{RUNTIMES[ending]}]'")
+        raise ImportError(f"{folder} needs {runtime.LIBRARY}: {hint}")
     if device is not None and str(device) != "cpu":
         raise ValueError(f"`device` {str(device)!r} is not available: exported models run on the CPU. Leave it out.")
     dtype = str(dtype).removeprefix("torch.")
