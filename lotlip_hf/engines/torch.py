@@ -112,11 +112,8 @@ class ProcessorInputs:
 
 class TorchEngine(ProcessorInputs):
     """
-    Engine for a model with CLIP's `get_text_features` and `get_image_features`.
-
-    Args:
-        model (`PreTrainedModel`): Dual encoder, or one of its towers.
-        processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
+    Engine for a model with CLIP's `get_text_features` and `get_image_features`. Has the arguments of
+    [`ProcessorInputs`].
     """
 
     libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
