@@ -283,12 +283,39 @@ def engines(bench: Bench) -> list[Row]:
         for name, beside, target in ENGINE_TARGETS[kind]:
             detail = f"{rates[name]:.1f} and {rates[beside]:.1f} {kind.split()[-1]}/s"
             rows.append(Row(f"{kind}, {name}", beside, rates[name] / rates[beside], target, detail=detail))
+        if kind == "long texts":
+            rows += shares_of_peak(bench, texts, rates)
         exact = calls["torch fp32"]()
         for name in encoders:
             if name.endswith("int8"):
                 cosines = (torch.as_tensor(calls[name]()) * exact).sum(-1)
                 detail = f"mean {cosines.mean():.5f}"
                 rows.append(Row(f"{kind}, {name}", "fp32", cosines.min().item(), 0.98, unit="cosine", detail=detail))
+    return rows
+
+
+def shares_of_peak(bench: Bench, texts: Sequence[str], rates: Mapping[str, float]) -> list[Row]:
+    """How near the encoding of texts is to the speed of bare matrix products, which no engine can exceed by much."""
+    layers = [one for one in bench.model.text_model.backbone.modules() if isinstance(one, torch.nn.Linear)]
+    weights = sum(one.weight.numel() for one in layers)
+    tokens = sum(map(len, bench.processor.tokenizer(list(texts), truncation=True, verbose=False)["input_ids"]))
+    needed = 2 * weights * tokens / len(texts)  # operations of a text
+    width, inner = layers[0].in_features, max(one.out_features for one in layers)
+    left, right = torch.randn(1024, width), torch.randn(width, inner)
+    calls: dict[str, Call] = {"fp32": partial(torch.mm, left, right)}
+    calls["bf16"] = partial(torch.mm, left.bfloat16(), right.bfloat16())
+    calls["int8"] = partial(torch._int_mm, (20 * left).to(torch.int8), (20 * right).to(torch.int8))
+    seconds = in_turns(calls, 20, "matrix products")
+    rows = []
+    for precision, each in seconds.items():
+        peak = 2 * left.numel() * inner / each
+        for engine in ("torch", "ONNX", "OpenVINO"):
+            if (name := f"{engine} {precision}") in rates:
+                share = rates[name] * needed / peak
+                detail = f"{rates[name] * needed / 1e9:.0f} and {peak / 1e9:.0f} billion operations/s"
+                rows.append(
+                    Row(f"long texts, {name}", "products of PyTorch", share, 0.7, unit="of them", detail=detail)
+                )
     return rows
 
 
