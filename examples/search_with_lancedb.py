@@ -65,22 +65,23 @@ def add_shards(path: Path, shards: Sequence[Path], progress: bool = True) -> Any
     if not shards:
         raise ValueError("--add: the folders contain no .parquet files. Pass the --output of `lotlip embed --data`.")
     table = open_table(path)
-    for shard in shards:  # check all before the first is added
+    wanted = schema_of(shards[0]) if table is None else table.schema
+    for shard in shards:  # check all before the table is made or changed
         schema = schema_of(shard)
-        if table is None:
-            table = lancedb.connect(path.parent).create_table(path.stem, schema=schema)
-            table.create_index("id", config=BTree())  # finds the rows to replace
-        if schema.metadata[b"fingerprint"] != table.schema.metadata[b"fingerprint"]:
-            made_by = [one.metadata.get(b"model", b"?").decode() for one in (schema, table.schema)]
+        if schema.metadata[b"fingerprint"] != (wanted.metadata or {}).get(b"fingerprint"):
+            made_by = [(one.metadata or {}).get(b"model", b"?").decode() for one in (schema, wanted)]
             raise ValueError(
                 f"{shard}: its model is {made_by[0]}, that of {path} is {made_by[1]}. Use another --table."
             )
-        if not schema.equals(table.schema):
-            raise ValueError(
-                f"{shard}: has the columns {schema.names}, {path} has {table.schema.names}, or other types."
-            )
+        if not schema.equals(wanted):
+            raise ValueError(f"{shard}: has the columns {schema.names}, {path} has {wanted.names}, or other types.")
+    if table is None:
+        table = lancedb.connect(path.parent).create_table(path.stem, schema=wanted)
+        table.create_index("id", config=BTree())  # finds the rows to replace
     for number, shard in enumerate(progress_bar(shards, desc="Adding shards", unit="shard", shown=progress), 1):
         rows = pq.read_table(shard).replace_schema_metadata(table.schema.metadata)
+        last = {name: row for row, name in enumerate(rows["id"].to_pylist())}  # of rows with one id, keep the last
+        rows = rows.take(list(last.values())) if len(last) < len(rows) else rows
         table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
         if number % 100 == 0:
             table.optimize()  # else finding known ids takes longer with each shard
@@ -97,7 +98,11 @@ def schema_of(shard: Path) -> pa.Schema:
     """Returns the schema of a shard, with the metadata of its model alone."""
     schema = pq.read_schema(shard)
     found = schema.metadata or {}
-    if b"fingerprint" not in found or not {"id", "embedding"} <= set(schema.names):
+    if (
+        b"fingerprint" not in found
+        or not {"id", "embedding"} <= set(schema.names)
+        or not (pa.types.is_fixed_size_list(schema.field("embedding").type))
+    ):
         raise ValueError(f"{shard}: not a shard of `lotlip embed --data`, which has columns `id` and `embedding`.")
     return schema.with_metadata({key: found[key] for key in METADATA if key in found})
 

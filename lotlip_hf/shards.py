@@ -7,6 +7,7 @@ another run continues with the shards that are missing.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -232,12 +233,15 @@ def embed_source(
     with progress_bar(unit="image", shown=progress, **settings) as bar:
         for part in own_parts:
             end = ends.get(part)
-            missing = [chunk for chunk in range(end or 0) if is_own(part, chunk) and (part, chunk) not in shards]
-            if end is not None and not missing:
+            before = (
+                chunk for chunk in reversed(range(end or 0)) if is_own(part, chunk) and (part, chunk) not in shards
+            )
+            missing = next(before, None)  # the last one
+            if end is not None and missing is None:
                 continue
             stream = iter(parts[part].records())
             record = next(stream, None)
-            for chunk in itertools.count() if end is None else range(missing[-1] + 1):
+            for chunk in itertools.count() if missing is None else range(missing + 1):
                 if record is None:
                     break
                 records = itertools.islice(itertools.chain([record], stream), shard_size)
@@ -277,8 +281,10 @@ def _kept_types(keep: Sequence[str]) -> dict[str, pa.DataType]:
         if name in OWN_COLUMNS or name in kept:
             raise ValueError(f"--keep {one}: the shards have a column {name!r} already. Leave it out.")
         try:
-            kept[name] = pa.type_for_alias(alias)
-        except ValueError:
+            empty, file = pa.table({name: pa.array([], pa.type_for_alias(alias))}), io.BytesIO()
+            pq.write_table(empty, file)
+            kept[name] = pq.read_schema(file).field(name).type  # of `timestamp[s]`, Parquet makes `timestamp[ms]`
+        except (ValueError, pa.ArrowNotImplementedError):
             raise ValueError(
                 f"--keep {one}: unknown type {alias!r}. Pass {name}:string, {name}:int64, {name}:float64, {name}:bool "
                 "or another type of Arrow."

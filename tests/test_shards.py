@@ -1,5 +1,6 @@
 """Embedding of data sets into shards: the same rows for any source, number of processes and interruption."""
 
+import datetime
 import io
 import itertools
 import json
@@ -227,6 +228,19 @@ def test_shards_of_another_run_are_refused(
         embed(encoder, data, output, shard_size=2)
 
 
+@pytest.mark.parametrize("kind", ["timestamp[s]", "date64", "time32[s]", "float16", "large_string", "duration[ns]"])
+def test_a_run_with_columns_of_any_type_continues(encoder: Encoder, kind: str, tmp_path: Path) -> None:
+    day = datetime.datetime(2020, 2, 3, 4, 5, 6)
+    values = {"timestamp[s]": day, "date64": day.date(), "time32[s]": day.time(), "duration[ns]": day - day}
+    value = values.get(kind, 7)
+    images = [{"bytes": picture(number), "path": None} for number in range(4)]
+    pq.write_table(pa.table({"image": images, "value": [value] * 4}), tmp_path / "data.parquet")
+    for _ in range(2):
+        keep = (f"value:{kind}",)
+        assert embed(encoder, tmp_path / "data.parquet", tmp_path / "out", keep, shard_size=2) == (4, 0)
+        (tmp_path / "out" / "part-00000-00001.parquet").unlink()
+
+
 def test_new_files_are_added(encoder: Encoder, tmp_path: Path) -> None:
     data, output = write_tars(tmp_path / "data", [3, 2]), tmp_path / "out"
     assert embed(encoder, data, output) == (5, 0)
@@ -255,7 +269,14 @@ def test_a_shard_without_a_readable_image_stops_the_run(encoder: Encoder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("keep", "word"), [("id", "id"), ("year:number", "number"), ("yaer", "yaer"), ("embedding:string", "embedding")]
+    ("keep", "word"),
+    [
+        ("id", "id"),
+        ("year:number", "number"),
+        ("year:month_day_nano_interval", "month_day_nano_interval"),  # Arrow has it, Parquet has not
+        ("yaer", "yaer"),
+        ("embedding:string", "embedding"),
+    ],
 )
 def test_wrong_columns_are_named(keep: str, word: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=word):

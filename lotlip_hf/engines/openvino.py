@@ -1,6 +1,7 @@
 """Towers on OpenVINO: a runtime of [`~lotlip_hf.engines.exported.ExportedEngine`]."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def open_tower(
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": int(os.environ.get("OMP_NUM_THREADS") or 0),  # 0: all cores
-        **(_cache() if is_kept else {}),
+        **(_cache(file) if is_kept else {}),
     }
     try:
         request = openvino.Core().compile_model(str(file), "CPU", options).create_infer_request()
@@ -87,10 +88,17 @@ def without_telemetry() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _cache() -> dict[str, str]:
-    """Options for a cache of compiled graphs, or none if its folder cannot be written."""
+def _cache(file: Path) -> dict[str, str]:
+    """Options for a cache of the compiled graph, or none if its folder cannot be written."""
+    # OpenVINO knows a tower by path, the seconds of its graph's time and options. With other weights in the same .bin,
+    # it would combine them with what it derived from the old ones.
+    stamps = [
+        (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+        for one in (path.stat() for path in (file, file.with_suffix(".bin")) if path.exists())
+    ]
+    name = hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
     try:
-        folder = own_folder(Path(HF_HOME), "lotlip", "openvino")
+        folder = own_folder(Path(HF_HOME), "lotlip", "openvino", name)
     except OSError:
         return {}
     if not os.access(folder, os.W_OK):

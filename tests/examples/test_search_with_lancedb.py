@@ -99,6 +99,25 @@ def test_shards_of_another_model_or_with_other_columns_are_refused(script: Any, 
         script.add_shards(path, [], progress=False)
 
 
+def test_repeated_ids_have_one_row(script: Any, tmp_path: Path) -> None:
+    rows = unit_rows(3, 0)
+    shard = write_shard(tmp_path / "part.parquet", ["a", "b", "a"], rows, [1, 2, 3])
+    for _ in range(2):  # the second time, the ids are known
+        table = script.add_shards(tmp_path / "images.lance", [shard], progress=False)
+        assert sorted((row["id"], row["year"]) for row in script.search(table, rows[0])) == [("a", 3), ("b", 2)]
+
+
+def test_refused_shards_leave_no_table(script: Any, tmp_path: Path) -> None:
+    path = tmp_path / "images.lance"
+    good = write_shard(tmp_path / "good.parquet", ["a"], unit_rows(1, 0), [2000])
+    other = write_shard(tmp_path / "other.parquet", ["b"], unit_rows(1, 1), [2000], "other")
+    with pytest.raises(ValueError, match="model"):
+        script.add_shards(path, [good, other], progress=False)
+    with pytest.raises(ValueError, match="no shards"):
+        script.add_shards(path, [], progress=False)
+    assert script.add_shards(path, [other], progress=False).count_rows() == 1
+
+
 def test_a_text_is_searched_by_the_model_of_the_table(
     script: Any,
     official_checkpoint: Path,
