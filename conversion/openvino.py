@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lotlip_hf.embed import read_texts
-from lotlip_hf.engines.openvino import FILES, open_tower, without_telemetry
+from lotlip_hf.engines.openvino import FILES, core, open_tower, without_telemetry
 from lotlip_hf.engines.torch import ProcessorInputs
 from lotlip_hf.files import all_or_nothing, one_line
 from lotlip_hf.images import ImageError, find_images
@@ -226,7 +226,7 @@ def _quantize(full: Path, folder: Path, tower: str, samples: Sequence[tuple[torc
 
         nncf.set_log_level(40)
         rows = [dict(zip(INPUTS[tower], (one.numpy() for one in sample), strict=True)) for sample in samples]
-        graph = openvino.Core().read_model(full / FILES[tower])
+        graph = core().read_model(full / FILES[tower])
         quantised = nncf.quantize(
             graph, nncf.Dataset(rows), subset_size=len(rows), model_type=nncf.ModelType.TRANSFORMER
         )

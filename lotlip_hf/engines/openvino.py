@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,6 @@ def open_tower(
     Raises:
         `ValueError`: If the file cannot be read. The function raises it for inputs that do not fit the tower.
     """
-    with without_telemetry():
-        import openvino
-
     file = folder / FILES[tower]
     in_bfloat16 = dtype == "bfloat16" or QUANTISED in read_regular(file)
     # OpenVINO's own default on processors with bfloat16 is bfloat16.
@@ -58,7 +56,7 @@ def open_tower(
         **(_cache(file) if is_kept else {}),
     }
     try:
-        request = openvino.Core().compile_model(str(file), "CPU", options).create_infer_request()
+        request = core().compile_model(str(file), "CPU", options).create_infer_request()
     except RuntimeError as error:
         raise ValueError(f"{file}: OpenVINO cannot open it ({one_line(error)}).") from error
     names = [one.get_any_name() for one in request.model_inputs]
@@ -73,6 +71,19 @@ def open_tower(
         return np.asarray(outputs[0], dtype=np.float32)
 
     return run
+
+
+@cache
+def core() -> Any:
+    """
+    OpenVINO's `Core`, which lives as long as the process. Each `Core` gives the thread a stack for signals; deleting two
+    in the order of their creation leaves the thread without one, and the next signal, such as that of a data loader's
+    worker that ends, kills the process.
+    """
+    with without_telemetry():
+        import openvino
+
+    return openvino.Core()
 
 
 @contextlib.contextmanager

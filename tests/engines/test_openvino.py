@@ -118,6 +118,18 @@ def test_the_prompt_needs_no_pytorch(exported: Path, golden: Path, cache: Path) 
         assert done.stdout.splitlines()[-1] == "0"
 
 
+def test_signals_arrive_after_encoders_are_deleted(exported: Path) -> None:
+    """In the order of their creation, after which OpenVINO's own `Core` objects leave no stack for signals."""
+    code = (
+        "import gc, signal, subprocess, sys; from lotlip_hf import load_encoder\n"
+        "encoders = [load_encoder(sys.argv[1], dtype=dtype) for dtype in ('float32', 'bfloat16')]\n"
+        "[encoder.encode_texts(['a'], progress=False) for encoder in encoders]\n"
+        "while encoders: del encoders[0]; gc.collect()\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None); subprocess.run([sys.executable, '-c', ''], check=True)"
+    )
+    subprocess.run([sys.executable, "-X", "faulthandler", "-c", code, str(exported)], check=True)
+
+
 def test_folders_that_cannot_be_opened(tmp_path: Path, exported: Path) -> None:
     for file, content in (
         ("text_model.xml", b"<net"),
