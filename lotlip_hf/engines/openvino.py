@@ -76,9 +76,9 @@ def open_tower(
 @cache
 def core() -> Any:
     """
-    OpenVINO's `Core`, which lives as long as the process. Each `Core` gives the thread a stack for signals; deleting two
-    in the order of their creation leaves the thread without one, and the next signal, such as that of a data loader's
-    worker that ends, kills the process.
+    OpenVINO's `Core`, which lives as long as the process. Each `Core` gives the thread a stack for signals. Deleting
+    two in the order of their creation leaves the thread without one, and the next signal, such as that of a data
+    loader's worker that ends, kills the process.
     """
     with without_telemetry():
         import openvino
