@@ -1,5 +1,6 @@
 """What every test can rely on: no network, one thread, the same seed, the golden files, a converted checkpoint."""
 
+import logging
 import os
 import tempfile
 
@@ -83,6 +84,16 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> None:
+    """Let each test see the package's warnings, also after a library that changes the settings of logging."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "lotlip_hf" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

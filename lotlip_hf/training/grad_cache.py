@@ -31,7 +31,8 @@ def cached_backward(
 
     Args:
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
-        batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the batch dimension.
+        batch (`Mapping[str, Any]`): See [`~lotlip_hf.training.objective.embed`]. The first dimension of every tensor
+            is the batch dimension.
         chunk_size (`int`): Number of samples in a chunk.
         objective (`Objective`): The objective. The parameters of the objective get gradients too.
         accelerator (`Accelerator`, *optional*): Applies autocast, loss scaling and gradient accumulation. Gradients
