@@ -88,7 +88,23 @@ class PlainTokenizer:
         return encode_words(self.backend, sentences, max_length, self.cls_token_id, self.sep_token_id)
 
 
-class PlainInputs:
+class ImageInputs:
+    """Prepares images by an image processor, over the colour of `background`."""
+
+    image_processor: Any
+    background: Background
+
+    def open(self, image: ImageSource, name: str) -> Image.Image:
+        """Loads an image in memory as RGB, in the size that `pixels` needs, or raises an `ImageError`."""
+        return load_image(image, name, image_processor=self.image_processor, background=self.background)
+
+    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, np.ndarray]:
+        """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
+        pixels = load_pixels(image, name, image_processor=self.image_processor, background=self.background)
+        return {key: np.asarray(values) for key, values in pixels.items()}
+
+
+class PlainInputs(ImageInputs):
     """
     Prepares texts by a [`PlainTokenizer`] and images by a [`~lotlip_hf.images.PlainImageProcessor`].
 
@@ -107,7 +123,7 @@ class PlainInputs:
         if not str(_read(folder / "config.json").get("model_type")).startswith("lotlip"):
             raise ValueError("not a LoTLIP checkpoint")
         processor = _read(folder / "processor_config.json") if (folder / "processor_config.json").exists() else {}
-        self.background: Background = processor.get("background", WHITE)
+        self.background = processor.get("background", WHITE)
         checked_background(self.background)
         unknown = processor.keys() - {"auto_map", "background", "image_processor", "processor_class"}
         if unknown or processor.get("processor_class", "LoTLIPProcessor") != "LoTLIPProcessor":
@@ -134,15 +150,6 @@ class PlainInputs:
             input_ids[index, : len(ids)] = ids
             attention_mask[index, : len(ids)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def open(self, image: ImageSource, name: str) -> Image.Image:
-        """Loads an image in memory as RGB, in the size that `pixels` needs, or raises an `ImageError`."""
-        return load_image(image, name, image_processor=self.image_processor, background=self.background)
-
-    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, np.ndarray]:
-        """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
-        pixels = load_pixels(image, name, image_processor=self.image_processor, background=self.background)
-        return {key: np.asarray(values) for key, values in pixels.items()}
 
     def settings(self, modality: Modality) -> dict[str, Any]:
         """Everything apart from the weights that determines a modality's features."""

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import PreTrainedConfig
 
-from ..images import ImageSource, background_of, checked_background, load_image, load_pixels
+from ..images import background_of, checked_background
 from ..loading import max_text_length
 from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from . import Modality
+from .plain import ImageInputs
 from .texts import encode_unpadded
 
 # SigLIP's text tower pools the last position and has no mask, so texts are always padded to the full length.
@@ -34,7 +34,7 @@ CHANGEABLE = (
 )
 
 
-class ProcessorInputs:
+class ProcessorInputs(ImageInputs):
     """
     Prepares texts and images by the processor of a model.
 
@@ -86,15 +86,6 @@ class ProcessorInputs:
         finally:
             self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
         return {key: np.asarray(rows, dtype=np.int64) for key, rows in padded.items()}
-
-    def open(self, image: ImageSource, name: str) -> Image.Image:
-        """Loads an image in memory as RGB, in the size that `pixels` needs, or raises an `ImageError`."""
-        return load_image(image, name, image_processor=self.image_processor, background=self.background)
-
-    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, np.ndarray]:
-        """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
-        pixels = load_pixels(image, name, image_processor=self.image_processor, background=self.background)
-        return {key: np.asarray(values) for key, values in pixels.items()}
 
     def settings(self, modality: Modality) -> dict[str, Any]:
         """Everything apart from the weights that determines a modality's features."""
