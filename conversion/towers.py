@@ -136,8 +136,8 @@ def _load_processors(folder: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def without_messages() -> Iterator[None]:
-    """Context without messages of the exporter and the quantiser."""
-    disabled = logging.root.manager.disable
+    """Context without messages of the exporter and the quantiser, which leaves the settings of logging as they were."""
+    disabled, level, filters = logging.root.manager.disable, logging.root.level, logging.root.filters[:]
     handler = logging.NullHandler()  # keeps the quantiser from adding handlers
     logging.root.addHandler(handler)
     logging.disable(logging.WARNING)
@@ -148,6 +148,8 @@ def without_messages() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         logging.root.removeHandler(handler)
+        logging.root.setLevel(level)  # OpenVINO's exporter raises it, and after an error does not set it back
+        logging.root.filters[:] = filters
 
 
 def torch_features(

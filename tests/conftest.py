@@ -87,13 +87,17 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logging() -> None:
-    """Let each test see the package's warnings, also after a library that changes the settings of logging."""
+def _logging() -> Iterator[None]:
+    """Each test leaves the settings of logging as they were: a later test may wait for a warning."""
+    names = (None, *(name for name in logging.root.manager.loggerDict if name.split(".")[0] == "lotlip_hf"))
+    before = {name: logging.getLogger(name).level for name in names}, logging.root.filters[:]
+    yield
+    after = {name: logging.getLogger(name).level for name in names}, logging.root.filters[:]
     logging.disable(logging.NOTSET)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.split(".")[0] == "lotlip_hf" and isinstance(logger, logging.Logger):
-            logger.disabled, logger.propagate = False, True
-            logger.setLevel(logging.NOTSET)
+    for name, level in before[0].items():
+        logging.getLogger(name).setLevel(level)
+    logging.root.filters[:] = before[1]
+    assert after == before
 
 
 @pytest.fixture(autouse=True)
