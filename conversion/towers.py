@@ -136,7 +136,7 @@ def _load_processors(folder: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def without_messages() -> Iterator[None]:
-    """Context without messages of the exporter and the quantiser, which leaves the settings of logging as they were."""
+    """Context without messages of the exporter and the quantiser; logging is left as it was."""
     disabled, level, filters = logging.root.manager.disable, logging.root.level, logging.root.filters[:]
     handler = logging.NullHandler()  # keeps the quantiser from adding handlers
     logging.root.addHandler(handler)
