@@ -38,7 +38,7 @@ FLOORS = (
     ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
-    ("states", "dense"),
+    ("states", "dense", "prompts", "compose"),
     ("search", "grid", "embed"),
     ("shards",),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
