@@ -27,6 +27,7 @@ and keeps an index in the hidden folder .lotlip; later searches embed only new a
   lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
   lotlip search --model checkpoint --images photos --save-grid grid.png "A cat."
   lotlip search --model checkpoint --images photos --image cat.jpg
+  lotlip search --model composed --images photos --image cat.jpg "is asleep"
   lotlip search --model checkpoint --images photos "A cat on a sofa." --without "A sofa."
   lotlip search --model checkpoint --images photos --like night1.jpg night2.jpg --unlike day.jpg
 
@@ -169,23 +170,34 @@ def lines(file: BinaryIO, prompt: str) -> Iterator[bytes]:
 
 def embedder(encoder: "Encoder", options: SearchOptions) -> Callable[[str | None], np.ndarray]:
     """Returns a function of a text that returns the embedding [P] to search for: the sum of the text and the images of
-    the options, without the part along another text."""
+    the options, without the part along another text. A composer of the model joins the text and `--image`."""
+    from ..engines.exported import is_exported
     from ..search import encode_query
 
-    images = []
+    image = composer = None
     if options.image is not None:
-        ((_, row),) = encoder.image_rows([options.image])
-        if isinstance(row, Exception):
-            raise row
-        images.append(row)
+        ((_, image),) = encoder.image_rows([options.image])
+        if isinstance(image, Exception):
+            raise image
+        if not is_exported(options.model):  # PyTorch is there
+            from ..compose import load_composer
+
+            composer = load_composer(options.model, encoder)
+    others = []
     if options.like or options.unlike:
         from ..metrics import direction
 
-        images.append(np.asarray(direction(options.like, options.unlike, encoder)))
+        others.append(np.asarray(direction(options.like, options.unlike, encoder)))
     without = None if options.without is None else encode_query(encoder, options.without)
 
+    def parts(text: str | None) -> list[np.ndarray]:
+        """The embeddings of the description and `--image`."""
+        if composer is not None and image is not None and text is not None:
+            return [composer.query(encoder, image, text)]
+        return [*([] if image is None else [image]), *([] if text is None else [encode_query(encoder, text)])]
+
     def embed(text: str | None) -> np.ndarray:
-        query = np.sum([*images, *([] if text is None else [encode_query(encoder, text)])], axis=0)
+        query = np.sum([*others, *parts(text)], axis=0)
         if without is not None:
             query = query - (query @ without) * without
         norm = np.linalg.norm(query)

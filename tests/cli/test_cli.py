@@ -226,10 +226,12 @@ assert not heavy, heavy
 """
     )
     (tmp_path / "queries.txt").write_text("A cat.\nA dog.\n")
+    (tmp_path / "exported" / "composer.safetensors").touch()  # which only a model in PyTorch uses
     for words in (
         [LONG_TEXT],  # embeds the images
         [LONG_TEXT, "--without", "A dog.", "--save-grid", tmp_path / "grid.png"],
         ["--image", photos / "a.png", "--json"],
+        [LONG_TEXT, "--image", photos / "a.png"],
         ["--queries", tmp_path / "queries.txt", "--json"],
     ):
         command = [program, "search", "--model", tmp_path / "exported", "--images", photos, *words]
