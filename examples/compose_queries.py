@@ -16,7 +16,7 @@ is, and an index of images stays valid. Ctrl-C ends a stage early, and the check
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
-from math import nan
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from transformers import set_seed
 
 from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.compose import Composer, composed_features, contrastive_loss, text_features, torch_engine
-from lotlip_hf.files import check_output, parse_json, read_regular, write_json
+from lotlip_hf.files import all_or_nothing, check_output, parse_json, read_regular, write_json
 from lotlip_hf.scenes.changes import changes, triplets
 from lotlip_hf.scenes.dataset import GROUP_SIZE, long_captions, render, scene
 from lotlip_hf.terminal import printable_output, progress_bar, text_table
@@ -37,13 +37,14 @@ KEYS = ("reference", "change", "target")
 Query = tuple[int, str, int, str]  # a reference and a target of the gallery, the change, a description of the target
 Gallery = tuple[torch.Tensor, list[Query]]  # embeddings [G, P]
 Batches = Iterator[list[int]]
+MAX_BYTES = 1 << 32  # of a file of triplets
 TEXT_WEIGHTS = ("text_model.", "text_projection.")
 
 
 def read_triplets(path: str) -> list[Triplet]:
     """Reads triplets from JSON lines."""
     found = []
-    for number, line in enumerate(read_regular(path).splitlines(), 1):
+    for number, line in enumerate(read_regular(path, MAX_BYTES).splitlines(), 1):
         try:
             row = parse_json(line)
         except ValueError as error:
@@ -157,10 +158,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Checks the options before the model is loaded."""
-    names = ("num_scenes", "composer_steps", "steps", "batch_size", "held_out")
-    for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more.")
+    counts = ("num_scenes", "composer_steps", "steps", "batch_size", "held_out")
+    for name in (*counts, "composer_learning_rate", "learning_rate", "noise"):
+        value, least = getattr(args, name), 1 if name in counts else 0
+        if not least <= value < inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more.")
     check_output(args.output, folder=True)
 
 
@@ -218,12 +220,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     losses["text tower"] = train("text tower", model, args.steps, args.learning_rate, text_loss, batches)
     model.requires_grad_(True)
 
-    model.save_pretrained(args.output)
-    engine.processor.save_pretrained(args.output)
-    composer.save(args.output)
     report["after"] = recalls(encoder, gallery, composer)
-    write_json(args.output / "compose.json", {"recall_at_1": report, "losses": losses})
-    rows = [[name, *(f"{report[when].get(name, nan):.3f}" for when in report)] for name in report["after"]]
+    with all_or_nothing(args.output) as folder:
+        model.save_pretrained(folder)
+        engine.processor.save_pretrained(folder)
+        composer.save(folder)
+        write_json(folder / "compose.json", {"recall_at_1": report, "losses": losses})
+    rows = [
+        [name, *(f"{one[name]:.3f}" if name in one else "" for one in report.values())] for name in report["after"]
+    ]
     print(f"R@1 of {len(gallery[1])} queries before and after training, without the reference itself:")
     print(text_table([["query", *report]], rows))
     print(f'Saved in {args.output}. Search with: lotlip search --model {args.output} --image FILE "is ..."')

@@ -65,7 +65,7 @@ def commands(code: str) -> list[list[str]]:
 def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_checkpoint: Path) -> Path:
     """A folder with everything that the pages read."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("checkpoint", "lotlip-vit-b-16", "run/towers/checkpoint-80"):
+    for name in ("checkpoint", "composed", "lotlip-vit-b-16", "run/towers/checkpoint-80"):
         shutil.copytree(official_checkpoint, folder / name)
     shutil.copytree(REPOSITORY / "recipes", folder / "recipes")
     (folder / "photos").mkdir()
