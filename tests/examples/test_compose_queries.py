@@ -58,7 +58,6 @@ def test_composed_queries_find_changed_scenes(example: ModuleType, trained_on_sc
     flags += ["--composer-steps", 250, "--steps", 120, "--learning-rate", "1e-4"]
     report = example.main([*map(str, flags)])
     before, after = report["before"], report["after"]
-    print(report)
     alone = max(before[name] for name in ("image", "change"))
     assert after["composed"] > alone + 0.1
     assert after["composed"] > before["sum of image and change"]
