@@ -6,15 +6,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import SiglipConfig, SiglipModel
 
+import patches
 import tiny
 import tiny_clip
-from lotlip_hf import Encoder, LoTLIPProcessor, LoTLIPVisionModel, load_encoder
+from lotlip_hf import Encoder, LoTLIPProcessor, LoTLIPVisionModel, cli, load_encoder
 from lotlip_hf.dense import heat_maps
-from lotlip_hf.loading import use_medoids
+from lotlip_hf.loading import load_model, use_medoids
 from lotlip_hf.modeling.medoids_lotlip import medoids
 from tiny_vision import FAMILIES, Family, spread
 
@@ -232,3 +234,49 @@ def test_stock_models(kind: str, official_checkpoint: Path, photos: Path, tmp_pa
     expected = of_options.encode_images(images, progress=False)
     assert torch.equal(again.encode_images(images, progress=False), expected)
     assert not torch.allclose(expected, plain.encode_images(images, progress=False))
+
+
+def test_the_commands(official_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    """`lotlip embed` writes other embeddings with the option."""
+    flags = ["--model", str(official_checkpoint), "--images", str(photos)]
+    few = ["--image-token-centers", "1", "--image-token-layer", "0"]
+    for name, options in (("all", []), ("few", few)):
+        assert cli.main(["embed", *flags, *options, "--output", str(tmp_path / f"{name}.parquet")]) == 0
+    written = [pq.read_table(tmp_path / f"{name}.parquet")["embedding"].to_pylist() for name in ("all", "few")]
+    expected = load_encoder(official_checkpoint, image_token_centers=1, image_token_layer=0)
+    images = expected.encode_images(sorted(photos.rglob("*.png")), progress=False)
+    assert not torch.allclose(torch.as_tensor(written[0]), images)
+    torch.testing.assert_close(torch.as_tensor(written[1]), images, **EXACT)
+
+
+def test_wrong_options_of_commands(
+    official_checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search", "--images", str(photos), "a cat", "--model"]
+    assert cli.main([*command, str(official_checkpoint), "--image-token-layer", "1"]) == 2
+    assert "image_token_centers" in capsys.readouterr().err
+    assert (
+        cli.main([*command, str(official_checkpoint), "--image-token-centers", "2", "--image-token-layer", "99"]) == 2
+    )
+    assert "image_token_layer" in capsys.readouterr().err
+    assert cli.main([*command, "open_clip:ViT-B-32/none", "--image-token-centers", "2"]) == 2
+    assert "image_token_centers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "stock"])
+def test_exports_are_refused(kind: str, official_checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    model, processor = load_model(official_checkpoint, image_token_centers=2)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    assert cli.main(["convert", kind, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 2
+    assert "image_token_centers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_on_scenes(trained_on_scenes: Path) -> None:
+    """Medoids of a half of the patches lose less R@1 than a random half in the same layer."""
+    found = dict(zip(patches.SETTINGS, patches.retrieval(trained_on_scenes, 300), strict=True))
+    for depth in patches.DEPTHS:
+        assert found["medoids", depth, 0.5] > found["random", depth, 0.5] + 5, depth
+    assert found["medoids", 2 / 3, 0.5] > 0.75 * found[patches.FULL]
