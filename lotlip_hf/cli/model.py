@@ -71,9 +71,19 @@ class ModelOptions(DeviceOptions):
         "Images, or texts of full length, per batch (default: 32 images, 64 texts)", None, at_least=1
     )
 
+    def load(self, revision: str | None = None) -> "Encoder":
+        """Loads the encoder."""
+        return self.load_named(self.model, revision)
+
+
+@dataclass(kw_only=True)
+class PatchOptions(ModelOptions):
+    """Options of computing only some patches of an image, for commands that need only its embedding."""
+
     image_token_centers: int | None = option(
         "Patches that the later layers of the image tower compute: the medoids of clusters (default: all)",
         None,
+        group="Model",
         at_least=1,
     )
     image_token_layer: int | None = option(
