@@ -90,10 +90,10 @@ class PatchOptions(ModelOptions):
         "Layer, counted from 0, from which on only these are computed (default: the middle one)", None, at_least=0
     )
 
-    def load(self, revision: str | None = None) -> "Encoder":
-        """Loads the encoder."""
+    def load_named(self, name: str, revision: str | None = None, **options: int | None) -> "Encoder":
+        """Loads an encoder that computes these patches."""
         medoids = {"image_token_centers": self.image_token_centers, "image_token_layer": self.image_token_layer}
-        return self.load_named(self.model, revision, **medoids)
+        return super().load_named(name, revision, **medoids, **options)
 
 
 def report_skipped(skipped: dict[str, str]) -> None:
