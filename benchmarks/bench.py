@@ -639,6 +639,24 @@ def long(bench: Bench) -> list[Row]:
     ]
 
 
+def patches(bench: Bench) -> list[Row]:
+    """Runs a float32 training step of the image tower on a random half of the patches (`--patch-dropout 0.5`)."""
+    model = peers.make_model(bench.size).vision_model.train()
+    side, number = model.config.image_size, model.config.num_patches
+    pixel_values = torch.randn(bench.batch_size, 3, side, side)
+    half = torch.stack([torch.randperm(number)[: number // 2].sort().values for _ in range(bench.batch_size)])
+
+    def compute_loss(kept: torch.Tensor | None) -> torch.Tensor:
+        return model(pixel_values, kept_patches=kept, pooled_only=True).pooler_output.square().mean()
+
+    calls = {name: training_step(model, partial(compute_loss, kept)) for name, kept in (("half", half), ("all", None))}
+    seconds = bench.turns("patches", calls)
+    detail = " and ".join(f"{bench.batch_size / each:.2f}" for each in seconds.values()) + " images/s"
+    work = f"training step of the image tower, half of the patches, batch {bench.batch_size}"
+    ratio = seconds["half"] / seconds["all"]
+    return [Row(work, "all patches", ratio, 0.65, True, "of the time", detail, profile=calls["half"])]
+
+
 def memory(bench: Bench) -> list[Row]:
     """Measures the peak memory of activations, similarities and gradients in a training step."""
     wide = bench.loss_batch_size // 4
@@ -685,6 +703,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "mixed": mixed,
     "step": step,
     "long": long,
+    "patches": patches,
     "frozen": frozen,
     "loss": loss,
     "memory": memory,

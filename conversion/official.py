@@ -386,8 +386,9 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     text, vision = model.config.text_config, model.config.vision_config
     vit = vision.backbone_config
     wanted = {"text tower": "bert", "text pooling": "pooler", "image tower": "vit", "image pooling": "cls"}
-    wanted |= {"pooled_layers": 1, **TIMM_VIT}
-    own = (text.backbone_config.model_type, text.pooling, vit.model_type, vision.pooling, vision.pooled_layers)
+    wanted |= {"pooled_layers": 1, "image_token_centers": None, **TIMM_VIT}
+    own = (text.backbone_config.model_type, text.pooling, vit.model_type, vision.pooling)
+    own += (vision.pooled_layers, vision.image_token_centers)
     own += tuple(getattr(vit, name, None) for name in TIMM_VIT)
     for (name, value), given in zip(wanted.items(), own, strict=True):
         if given != value:

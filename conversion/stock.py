@@ -252,6 +252,8 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
     layers = tower.config.pooled_layers
     if layers > 1:
         raise _no_stock_class(tower, f"with pooled_layers={layers}", "a model with pooled_layers=1")
+    if tower.config.image_token_centers is not None:
+        raise _no_stock_class(tower, "with image_token_centers", "a model with image_token_centers=None")
     if tower.config.pooling not in tower.config.family.stock_poolings:
         family = tower.config.family
         instead = " or ".join(repr(one) for one in family.stock_poolings if one not in family.excluded_poolings)

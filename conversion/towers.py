@@ -93,6 +93,8 @@ def load_towers(model: str | Path, towers: Sequence[str], kind: str) -> tuple[Pr
             others = [f"--{name}-only" for name in configs if not configs[name].family.no_onnx]
             advice = f" Export the other tower with {others[0]}." if others else ""
             raise ConversionError(f"{encoder} cannot be exported to {kind}: {configs[tower].family.no_onnx}.{advice}")
+    if "vision" in chosen and configs["vision"].image_token_centers is not None:
+        raise ConversionError(f"`image_token_centers` cannot be exported to {kind}. Set it to null in config.json.")
     processors = _load_processors(folder)
     for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
         if isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -324,3 +324,5 @@ def _check_attentions(tower: LoTLIPVisionModel) -> None:
     if not can_calibrate(tower):
         name = tower.config.backbone_config.model_type
         raise ValueError(f"The layers of {name} have no attention of patches to patches. Use the method 'patches'.")
+    if tower.config.image_token_centers is not None:
+        raise ValueError("Maps need all patches. Set `image_token_centers` to None.")

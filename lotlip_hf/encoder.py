@@ -494,6 +494,8 @@ def load_encoder(
     device: "str | torch.device | None" = None,
     dtype: "str | torch.dtype" = "auto",
     revision: str | None = None,
+    image_token_centers: int | None = None,
+    image_token_layer: int | None = None,
 ) -> Encoder:
     """
     Loads a dual encoder and its processor. Raises an error if the checkpoint is incomplete or does not fit.
@@ -506,12 +508,16 @@ def load_encoder(
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Type of the weights. `"auto"` keeps the type
             in the checkpoint.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        image_token_centers (`int`, *optional*): Number of patches that the later layers of the image tower compute,
+            see [`~lotlip_hf.loading.use_medoids`]. Not for exported folders and open_clip.
+        image_token_layer (`int`, *optional*): Layer from which on they are computed. Defaults to the middle one.
 
     Returns:
         [`Encoder`]: The encoder.
 
     Raises:
-        `ValueError`: As [`~lotlip_hf.loading.load_model`], or if `revision` is passed for a folder or open_clip.
+        `ValueError`: As [`~lotlip_hf.loading.load_model`], or if `revision` is passed for a folder or open_clip, or
+            `image_token_centers` for an exported folder or open_clip.
         `OSError`: If the checkpoint is not found.
         `ImportError`: If open_clip, or the library of an exported folder, is not installed.
 
@@ -526,6 +532,10 @@ def load_encoder(
     ```
     """
     name = os.fspath(name_or_path)
+    medoids = {"image_token_centers": image_token_centers, "image_token_layer": image_token_layer}
+    given = [option for option, value in medoids.items() if value is not None]
+    if given and (name.startswith(OPEN_CLIP) or (revision is None and is_exported(name))):
+        raise ValueError(f"{name}: `{given[0]}` needs a checkpoint of transformers, not of open_clip or exported.")
     if name.startswith(OPEN_CLIP):
         if revision is not None:
             raise ValueError(
@@ -539,7 +549,7 @@ def load_encoder(
         return Encoder.from_engine(load_exported(name, device, dtype))
     from .loading import load_model, skip_padding
 
-    model, processor = load_model(name, device=device, dtype=dtype, revision=revision)
+    model, processor = load_model(name, device=device, dtype=dtype, revision=revision, **medoids)
     encoder = Encoder(model, processor)
     if encoder.max_text_length > FULL_LENGTH:
         skip_padding(model)

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from . import auto as auto  # registers LoTLIP's classes
 from .files import one_line, parse_json, printable, read_regular
 from .images import background_of, check_image_sizes, checked_background
+from .modeling.backbones_lotlip import VISION_BACKBONES
 from .modeling.calls_lotlip import free_of_calls
 from .modeling.modeling_lotlip import LoTLIPModel
 
@@ -67,6 +68,8 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    image_token_centers: int | None = None,
+    image_token_layer: int | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """
     Loads a dual encoder and its processor. Raises an error if the checkpoint is incomplete or does not fit.
@@ -79,14 +82,17 @@ def load_model(
             in the checkpoint.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id. All files come from one commit, which is saved
             as `model.config._commit_hash`.
+        image_token_centers (`int`, *optional*): Number of patches that the later layers of the image tower compute,
+            see [`use_medoids`]. Defaults to what the checkpoint says, usually all.
+        image_token_layer (`int`, *optional*): Layer from which on they are computed.
 
     Returns:
         `tuple[PreTrainedModel, ProcessorMixin]`: The model in evaluation mode, and its processor.
 
     Raises:
         `ValueError`: If the model has no image and text features; if a weight is missing, unknown or of another
-            shape; if there is no tokenizer or image processor; if `device` is not available; or if `revision` is
-            passed for a folder.
+            shape; if there is no tokenizer or image processor; if `device` is not available; if `revision` is passed
+            for a folder; or if `image_token_centers` or `image_token_layer` do not fit the image tower.
         `OSError`: If the checkpoint is not found.
     """
     name = checkpoint_name(name_or_path, revision)
@@ -104,6 +110,9 @@ def load_model(
             )
         model = load_strict(AutoModel, name, config=config, revision=revision, trust_remote_code=False, dtype=dtype)
         model.config._commit_hash = commit  # as older versions of transformers do
+        vision = getattr(config, "vision_config", None)
+        if not isinstance(model, LoTLIPModel) and hasattr(vision, "image_token_centers"):  # a stock class ignores it
+            use_medoids(model, vision.image_token_centers, getattr(vision, "image_token_layer", None))
         processor = load_processor(name, revision)
         for part in ("tokenizer", "image_processor"):
             if not hasattr(processor, part):
@@ -111,9 +120,45 @@ def load_model(
                     f"{name} has no {part}. Save the model's processor in this folder with "
                     "`processor.save_pretrained(folder)`."
                 )
+    if image_token_centers is not None or image_token_layer is not None:
+        use_medoids(model, image_token_centers, image_token_layer)
     fit_tokenizer(model, processor.tokenizer)
     model.to(device=device)
     return model, processor
+
+
+def use_medoids(model: PreTrainedModel, num_centers: int | None, layer: int | None = None) -> None:
+    """
+    Makes the later layers of an image tower compute only some patches: the medoids of clusters. The numbers become
+    fields of `model.config.vision_config`, which LoTLIP checkpoints keep.
+
+    Args:
+        model (`PreTrainedModel`): LoTLIP, or a stock dual encoder of a ViT, DINOv2, CLIP or SigLIP.
+        num_centers (`int`): Number K of patches. Images of at most K patches are computed as before.
+        layer (`int`, *optional*): First of these layers, counted from 0. Defaults to the middle one.
+
+    Raises:
+        `ValueError`: If a number does not fit the image tower, or its family is not supported.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.loading import use_medoids
+
+    >>> encoder = load_encoder("checkpoint")
+    >>> use_medoids(encoder.engine.model, num_centers=8)
+    ```
+    """
+    config = getattr(model.config, "vision_config", None)
+    is_lotlip = isinstance(model, LoTLIPModel)
+    family = config.family if is_lotlip else VISION_BACKBONES.get(getattr(config, "model_type", ""))
+    if family is None or (family.layers_know_positions and not is_lotlip):
+        name = getattr(config, "model_type", model.config.model_type)
+        raise ValueError(f"`image_token_centers` does not fit the image tower {name} of a stock model. Remove it.")
+    family.check_medoids(config.backbone_config if is_lotlip else config, num_centers, layer)
+    family.use_medoids(model.vision_model.backbone if is_lotlip else model.vision_model, num_centers, layer)
+    config.image_token_centers, config.image_token_layer = num_centers, layer
 
 
 def load_strict(

@@ -39,6 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, take
+from .medoids_lotlip import choose_medoids
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -414,6 +415,8 @@ class VisionBackbone(_Backbone):
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
     any_size_in_onnx = False  # whether an exported graph accepts all image sizes
     passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
+    layers_know_positions = False  # whether layers get rotary positions of the patches
+    no_medoids = ""  # reason why patches cannot be replaced by medoids between two layers
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         backbone = super().build(config, pooling)
@@ -440,6 +443,25 @@ class VisionBackbone(_Backbone):
         super().check_pooling(config, pooling)
         if pooling == "pooler" and not getattr(config, "vision_use_head", True):
             raise ValueError("`pooling='pooler'` needs SigLIP's head. Set `vision_use_head=True` or another pooling.")
+
+    def check_medoids(self, config: PreTrainedConfig, num_centers: int | None, layer: int | None) -> None:
+        """Checks the number of medoids and the layer that chooses them."""
+        if num_centers is None and layer is None:
+            return
+        if self.no_medoids:
+            raise ValueError(f"`image_token_centers` does not fit {config.model_type}: {self.no_medoids}. Remove it.")
+        if num_centers is None or num_centers < 1:
+            raise ValueError(
+                f"`image_token_centers` is {num_centers}. Use 1 or more, or no `image_token_layer` either."
+            )
+        if layer is not None and not 0 <= layer < config.num_hidden_layers:
+            raise ValueError(f"`image_token_layer` is {layer}. Use 0 to {config.num_hidden_layers - 1}.")
+
+    def use_medoids(self, backbone: PreTrainedModel, num_centers: int, layer: int | None) -> None:
+        """Makes the layers from `layer` on compute only medoids."""
+        layers = self.layers(backbone)
+        first = len(layers) // 2 if layer is None else layer
+        choose_medoids(backbone, layers, num_centers, first, self.num_prefix_tokens(backbone))
 
     def inputs(
         self, backbone: PreTrainedModel, pixel_values: Tensor | None, interpolate: bool, **others: Tensor | None
@@ -490,6 +512,7 @@ class DINOv3Backbone(VisionBackbone):
 
     final_norm = "norm"
     takes_interpolation = False
+    layers_know_positions = True
     any_size_in_onnx = True
 
     def keep(self, backbone: PreTrainedModel, inputs: dict[str, Any], kept_patches: Tensor) -> dict[str, Any]:
@@ -518,6 +541,7 @@ class NaFlexBackbone(VisionBackbone):
     pooler_modules = ("head",)
     passing_embeddings = PassingNaFlexEmbeddings
     in_dual_encoder = False
+    no_medoids = "its rows of patches are padded"
     no_onnx = "its positions are interpolated for each image"
 
     def num_patches(self, config: PreTrainedConfig) -> int:
@@ -558,6 +582,7 @@ class ConvNextBackbone(VisionBackbone):
     excluded_poolings = (*NOT_OF_IMAGES, "cls", "mean")
     has_class_token = takes_interpolation = False
     passing_embeddings = None
+    no_medoids = "it has no tokens"
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         config._attn_implementation = "eager"  # there is no attention, and the text tower may have any
@@ -590,6 +615,7 @@ class TimmBackbone(VisionBackbone):
     stock_poolings = ("pooler",)
     takes_interpolation = False
     passing_embeddings = None
+    no_medoids = "its layers are those of timm"
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         config._attn_implementation = "sdpa"  # timm chooses its attention, and the text tower may have any

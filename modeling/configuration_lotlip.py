@@ -220,6 +220,10 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
             after the final norm, as in DINOv2's linear evaluation. Values above 1 fit ViT, DINOv2 and DINOv3, and all
             poolings but `"pooler"`.
         projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
+        image_token_centers (`int`, *optional*): Number K of patches that the layers from `image_token_layer` compute:
+            the medoids of K clusters. Class token and registers are kept. For ViT, DINOv2, DINOv3, CLIP and SigLIP.
+        image_token_layer (`int`, *optional*): Layer, counted from 0, before which the patches are clustered. Defaults
+            to the middle one.
 
     ```python
     >>> from lotlip_hf import LoTLIPVisionConfig
@@ -238,6 +242,8 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     pooling: str | None = None
     pooled_layers: int = 1
     projection_dim: int | None = None
+    image_token_centers: int | None = None
+    image_token_layer: int | None = None
 
     @property
     def pooled_size(self) -> int:
@@ -251,6 +257,9 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
             raise ValueError(f"`pooled_layers`={number} {fit}. Use 1 (`--image-layers 1`).")
         if number != 1 and not 1 <= number <= backbone.num_hidden_layers:
             raise ValueError(f"`pooled_layers` must be 1 to {backbone.num_hidden_layers}, got {number}.")
+
+    def validate_image_token_centers(self) -> None:
+        self.family.check_medoids(self.backbone_config, self.image_token_centers, self.image_token_layer)
 
     @property
     def num_patches(self) -> int:

@@ -207,7 +207,12 @@ class Extension(nn.Module):
     """Methods that [`extend`] adds to a stock module."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new, type(self).__bases__, self.__dict__  # pickle cannot import the generated class by name
+        bases = []  # pickle cannot import the generated classes by name
+        stock: type = type(self)
+        while issubclass(stock, Extension):
+            extension, stock = stock.__bases__
+            bases.append(extension)
+        return _new, (stock, *reversed(bases)), self.__dict__
 
 
 def extend(backbone: PreTrainedModel, module: nn.Module, extension: type[Extension]) -> None:
@@ -221,8 +226,10 @@ def _extended(extension: type, stock: type) -> type:
     return type(f"LoTLIP{stock.__name__}", (extension, stock), {})
 
 
-def _new(extension: type, stock: type) -> nn.Module:
-    return object.__new__(_extended(extension, stock))
+def _new(stock: type, *extensions: type) -> nn.Module:
+    for extension in extensions:
+        stock = _extended(extension, stock)
+    return object.__new__(stock)
 
 
 class PooledLayer(Extension):

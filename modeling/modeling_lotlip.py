@@ -20,6 +20,7 @@ from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionCo
 from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
+from .medoids_lotlip import Kept
 from .prepending_lotlip import prepend_in, prepending_sources
 from .projection_lotlip import ResidualMLP
 
@@ -333,6 +334,8 @@ class LoTLIPVisionModel(_LoTLIPTower):
     def __init__(self, config: LoTLIPVisionConfig) -> None:
         super().__init__(config)
         self.backbone = config.family.build(config.backbone_config, config.pooling)
+        if config.image_token_centers is not None:
+            config.family.use_medoids(self.backbone, config.image_token_centers, config.image_token_layer)
         self.post_init()
 
     @can_return_tuple
@@ -370,6 +373,10 @@ class LoTLIPVisionModel(_LoTLIPTower):
         others = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         inputs = family.inputs(self.backbone, pixel_values, interpolate_pos_encoding, **others)
         options = self._options(kwargs)
+        if self.config.image_token_centers is not None:
+            if output_patch_embeds:
+                raise ValueError("`output_patch_embeds` needs all patches. Set `image_token_centers` to None.")
+            options["kept"] = Kept()
         has_hidden_states, layers = options["output_hidden_states"], self.config.pooled_layers
         options["output_hidden_states"] = has_hidden_states or layers > 1
         pooled_only = pooled_only and not output_patch_embeds and self._can_pool_only(options)

@@ -23,7 +23,7 @@ from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 MODEL_CODE = {
     f"{name}_lotlip.py"
     for name in (
-        *("backbones", "configuration", "fast_paths", "loss", "masking"),
+        *("backbones", "configuration", "fast_paths", "loss", "masking", "medoids"),
         *("modeling", "prepending", "projection"),
     )
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..files import MAX_BYTES, check_output
 from ..options import Parser, make_parser, option, parse
-from .model import IMAGE_ROOT, ModelOptions, report_skipped
+from .model import IMAGE_ROOT, PatchOptions, report_skipped
 
 if TYPE_CHECKING:
     from ..encoder import Encoder
@@ -38,7 +38,7 @@ OF_SOURCE = "keep split image_column id_column image_folder image_root max_recor
 
 
 @dataclass(kw_only=True)
-class EmbedOptions(ModelOptions):
+class EmbedOptions(PatchOptions):
     """Options of `lotlip embed`."""
 
     images: str | None = option("Folder of images, including its subfolders", None, group="Input", metavar="FOLDER")

@@ -10,7 +10,7 @@ from typing import Literal
 from ..files import check_output
 from ..options import Parser, add_options, build, option, options_of
 from ..terminal import print_tables
-from .model import ModelOptions
+from .model import PatchOptions
 
 DESCRIPTION = """\
 Evaluate a model on a benchmark: retrieval in both directions, zero-shot classification or zero-shot segmentation.
@@ -31,7 +31,7 @@ DATA = (
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(ModelOptions):
+class EvaluationConfig(PatchOptions):
     """Options of an evaluation. `lotlip evaluate --help` describes them."""
 
     task: str = option("Task to evaluate, one of --list-tasks", group="Task")

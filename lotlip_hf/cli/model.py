@@ -49,8 +49,8 @@ class DeviceOptions(ImageOptions):
         "Type of the weights; auto keeps the checkpoint's", "auto"
     )
 
-    def load_named(self, name: str, revision: str | None = None) -> "Encoder":
-        """Loads an encoder."""
+    def load_named(self, name: str, revision: str | None = None, **options: int | None) -> "Encoder":
+        """Loads an encoder, with more options of [`load_encoder`]."""
         from ..encoder import load_encoder
         from ..engines.exported import is_exported
 
@@ -59,7 +59,7 @@ class DeviceOptions(ImageOptions):
             from transformers.utils import logging  # a late import: it takes seconds
 
             logging.disable_progress_bar()  # bars of loading weights
-        return load_encoder(name, device=self.device, dtype=self.dtype, revision=revision)
+        return load_encoder(name, device=self.device, dtype=self.dtype, revision=revision, **options)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +74,26 @@ class ModelOptions(DeviceOptions):
     def load(self, revision: str | None = None) -> "Encoder":
         """Loads the encoder."""
         return self.load_named(self.model, revision)
+
+
+@dataclass(kw_only=True)
+class PatchOptions(ModelOptions):
+    """Options of computing only some patches of an image, for commands that need only its embedding."""
+
+    image_token_centers: int | None = option(
+        "Patches that the later layers of the image tower compute: the medoids of clusters (default: all)",
+        None,
+        group="Model",
+        at_least=1,
+    )
+    image_token_layer: int | None = option(
+        "Layer, counted from 0, from which on only these are computed (default: the middle one)", None, at_least=0
+    )
+
+    def load_named(self, name: str, revision: str | None = None, **options: int | None) -> "Encoder":
+        """Loads an encoder that computes these patches."""
+        medoids = {"image_token_centers": self.image_token_centers, "image_token_layer": self.image_token_layer}
+        return super().load_named(name, revision, **medoids, **options)
 
 
 def report_skipped(skipped: dict[str, str]) -> None:

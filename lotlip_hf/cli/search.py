@@ -14,7 +14,7 @@ import numpy as np
 from ..files import one_line
 from ..options import Parser, make_parser, option, parse
 from ..terminal import text_table, write_styled
-from .model import IMAGE_ROOT, ModelOptions, report_skipped
+from .model import IMAGE_ROOT, ModelOptions, PatchOptions, report_skipped
 
 if TYPE_CHECKING:
     from ..encoder import Encoder
@@ -64,7 +64,7 @@ class IndexOptions(ModelOptions):
 
 
 @dataclass(kw_only=True)
-class SearchOptions(IndexOptions):
+class SearchOptions(IndexOptions, PatchOptions):
     """Options of `lotlip search`."""
 
     text: str | None = option(
