@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny
-from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPVisionConfig, LoTLIPVisionModel
 from lotlip_hf.attribution import eager
 from lotlip_hf.data.augment import Augment
 from lotlip_hf.data.collator import LoTLIPCollator
@@ -26,7 +26,7 @@ from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.data import load_data
-from lotlip_hf.training.keeping import attention_scores, kept_by_score, scores_of_view
+from lotlip_hf.training.keeping import attention_scores, check_attention, kept_by_score, scores_of_view
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import Objective, embed
@@ -117,20 +117,40 @@ def model_of(backbone: str, **options: Any) -> LoTLIPModel:
     return LoTLIPModel(LoTLIPConfig(text_config=tiny.text_config(), vision_config=vision, projection_dim=24)).eval()
 
 
-@pytest.mark.parametrize("backbone", ["vit", "dinov2", "clip"])
+REGISTERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_register_tokens": 3}
+
+
+@pytest.mark.parametrize("backbone", ["vit", "dinov2", "clip", "dinov2_with_registers", "dinov3_vit"])
 def test_scores_are_the_attention_of_the_class_token(backbone: str) -> None:
-    model = model_of(backbone)
+    """Of DINOv3 after the rotation by positions; registers are no patches."""
+    if "v3" in backbone or "registers" in backbone:
+        config = {"model_type": backbone, **REGISTERS, "image_size": 32, "patch_size": 8}
+        vision = LoTLIPVisionConfig(backbone_config=config)
+        model = LoTLIPModel(LoTLIPConfig(text_config=tiny.text_config(), vision_config=vision)).eval()
+    else:
+        model = model_of(backbone)
     size = model.config.vision_config.backbone_config.image_size
     images = torch.randn(3, 3, size, size)
+    first = model.config.vision_config.family.num_prefix_tokens(model.vision_model.backbone)
     with torch.no_grad():
         scores, embeds = attention_scores(model, pixel_values=images)
-        before = model.vision_model.backbone.config._attn_implementation
+        assert model.vision_model.backbone.config._attn_implementation == "sdpa"
         with eager(model):
             outputs = model.get_image_features(images, output_attentions=True)
-    assert before == "sdpa"
-    expected = torch.stack(outputs.attentions)[..., 0, 1:].mean((0, 2))
+    expected = torch.stack(outputs.attentions)[..., 0, first:].mean((0, 2))
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(embeds, F.normalize(outputs.pooler_output, dim=-1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["convnext", "siglip2_vision_model"])
+def test_a_tower_without_such_attention_is_named(backbone: str) -> None:
+    config = {
+        "model_type": backbone,
+        **({} if backbone == "convnext" else {"hidden_size": 32, "num_hidden_layers": 1}),
+    }
+    tower = LoTLIPVisionModel._from_config(LoTLIPVisionConfig(backbone_config=config))
+    with pytest.raises(ValueError, match=backbone):
+        check_attention(tower)
 
 
 def test_scores_of_siglip_are_those_of_its_pooling() -> None:
