@@ -144,10 +144,8 @@ def test_scores_are_the_attention_of_the_class_token(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["convnext", "siglip2_vision_model"])
 def test_a_tower_without_such_attention_is_named(backbone: str) -> None:
-    config = {
-        "model_type": backbone,
-        **({} if backbone == "convnext" else {"hidden_size": 32, "num_hidden_layers": 1}),
-    }
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": backbone, **({} if backbone == "convnext" else small)}
     tower = LoTLIPVisionModel._from_config(LoTLIPVisionConfig(backbone_config=config))
     with pytest.raises(ValueError, match=backbone):
         check_attention(tower)
