@@ -18,6 +18,7 @@ CROP_RATIOS = 3 / 4, 4 / 3  # smallest and largest width / height of a crop
 CROP_TRIES = 10
 HUE_SHARE = 1 / 4  # of the strength of the other colours, as in SimCLR and open_clip
 HUES = 256
+Edges = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,31 @@ class Augment:
         Returns:
             `PIL.Image.Image`: RGB image.
         """
+        return self.view(image, rng, size, resample)[0]
+
+    def view(
+        self,
+        image: Image.Image,
+        rng: Random,
+        size: tuple[int, int] | None = None,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> tuple[Image.Image, Edges]:
+        """
+        Changes an image as a call does. Returns it, and the left, top, right and bottom edge of the crop in pixels of
+        `image`. For a mirror image, left and right are exchanged.
+        """
+        left, top, right, bottom = 0, 0, *image.size
         if self.crop:
-            image = image.crop(draw_crop(image.size, self.crop, rng)).resize(size or image.size, resample)
+            left, top, right, bottom = draw_crop(image.size, self.crop, rng)
+            image = image.crop((left, top, right, bottom)).resize(size or image.size, resample)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            left, right = right, left
         if self.jitter:
             image = _jittered(image, self.jitter, rng)
         if rng.random() < self.grey:
             image = image.convert("L").convert("RGB")
-        return image
+        return image, (left, top, right, bottom)
 
 
 def parse_augment(entries: Sequence[str]) -> Augment | None:
@@ -118,7 +135,7 @@ def parse_augment(entries: Sequence[str]) -> Augment | None:
     return Augment(**numbers) if numbers else None
 
 
-def draw_crop(size: tuple[int, int], smallest: float, rng: Random) -> tuple[int, int, int, int]:
+def draw_crop(size: tuple[int, int], smallest: float, rng: Random) -> Edges:
     """
     Draws the box of a crop as torchvision's `RandomResizedCrop` does.
 
@@ -198,9 +215,58 @@ def load_augmented(
     if not augment.crop:
         return load_sized_pixels(augment(image, rng), name, image_processor=image_processor)
     cropped = augment(image, rng, size, image_processor.resample)
+    return dict(_unsized(image_processor)(images=[cropped], return_tensors="pt")), image.size
+
+
+def load_views(
+    source: ImageSource,
+    name: str,
+    *,
+    augment: Augment,
+    rngs: Sequence[Random],
+    size: tuple[int, int] | None,
+    image_processor: Any,
+    background: Background,
+    around: bool = False,
+) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    """
+    Reads an image and makes views of it.
+
+    Args:
+        rngs (`Sequence[Random]`): A random generator for each view.
+        around (`bool`, *optional*, defaults to `False`): Whether to add the smallest part of the image that holds all
+            views, without other changes.
+
+    The other arguments are those of [`load_augmented`].
+
+    Returns:
+        `tuple`: `pixel_values` [1, V, 3, H, W] of the views, and width and height of the image. With `around`, also
+        `around` [1, 3, H, W] and `view_boxes` [1, V, 4], the edges of the views as shares of that part
+        ([`Augment.view`]).
+
+    Raises:
+        `ImageError`: If the image cannot be read.
+    """
+    image = load_image(source, name, background=background)
+    resample = image_processor.resample
+    views, boxes = zip(*(augment.view(image, rng, size, resample) for rng in rngs), strict=True)
+    pictures, added = [*views], dict[str, torch.Tensor]()
+    if around:
+        edges = np.array(boxes, dtype=np.float64).reshape(-1, 2, 2)  # [V, 2 corners, x and y]
+        low, high = edges.min((0, 1)), edges.max((0, 1))
+        pictures.append(image.crop((*map(int, low), *map(int, high))).resize(size or image.size, resample))
+        added["view_boxes"] = torch.from_numpy((edges - low) / (high - low)).flatten(1)[None].float()
+    pixels = torch.as_tensor(_unsized(image_processor)(images=pictures, return_tensors="pt")["pixel_values"])
+    if around:
+        added["around"] = pixels[-1:]
+    return {"pixel_values": pixels[None, : len(views)], **added}, image.size
+
+
+def _unsized(image_processor: Any) -> Any:
+    """Returns an image processor that neither resizes nor crops."""
     unsized = copy.copy(image_processor)
     unsized.do_resize = unsized.do_center_crop = False
-    return dict(unsized(images=[cropped], return_tensors="pt")), image.size
+    return unsized
 
 
 def _jittered(image: Image.Image, strength: float, rng: Random) -> Image.Image:

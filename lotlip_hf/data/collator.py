@@ -19,7 +19,7 @@ from ..images import (
     load_sized_pixels,
     plain_image_processor,
 )
-from .augment import Augment, crop_size, load_augmented
+from .augment import Augment, crop_size, load_augmented, load_views
 from .kept import digest_of
 from .masking import Masking, WordScores, noise_probability, prediction_probability
 from .record import Draw, Record, RecordError, Region, ShardError, Texts, check_record, record_rng, texts_digest
@@ -36,14 +36,15 @@ RIDERS = {"negative_embeds": "negative_mask", "region_embeds": "box_mask", "mask
 class ModelInputs(TypedDict):
     """The tensors of a batch that are arguments of the model."""
 
-    pixel_values: torch.Tensor  # [B, 3, H, W], or [B, P, 3 * patch_size * patch_size] for SigLIP 2 NaFlex
+    # [B, 3, H, W], or [B, 2, 3, H, W] with two views, or [B, P, 3 * patch_size * patch_size] for SigLIP 2 NaFlex
+    pixel_values: torch.Tensor
     pixel_attention_mask: torch.Tensor  # [B, P], 1 for patches and 0 for padding, only for SigLIP 2 NaFlex
     spatial_shapes: torch.Tensor  # [B, 2], height and width in patches, only for SigLIP 2 NaFlex
     input_ids: torch.Tensor  # [B, L], short texts
     attention_mask: torch.Tensor  # [B, L]
     long_input_ids: torch.Tensor  # [B, T - 1 + n, L'], long texts, then n riders; missing if there are none
     long_attention_mask: torch.Tensor  # [B, T - 1 + n, L']
-    kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
+    kept_patches: torch.Tensor  # [B, K] or [B, 2, K], indices of the patches to embed, only with `patch_dropout`
     image_states: torch.Tensor  # [B, pooled_size], instead of `pixel_values`
     text_states: torch.Tensor  # [B, T + n, hidden_size], instead of ids and masks
 
@@ -62,7 +63,7 @@ class Batch(ModelInputs):
     groups: torch.Tensor  # [B], digests of the groups, only with `return_groups`
     masked_labels: torch.Tensor  # [B, 1, L'], ids of the masked words, -100 elsewhere, only with `mask_words`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
-    teacher_inputs: dict[str, Any]  # only with `read_for_teacher`
+    teacher_inputs: dict[str, Any]  # only with `read_for_teacher` or `view_for_teacher`
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
 
@@ -119,6 +120,12 @@ class LoTLIPCollator:
             raises makes the record a broken one.
         augment (`Augment`, *optional*): Random changes of the images, drawn by `seed`, the
             epoch and the id of a record. A teacher that reads the record sees the image without them.
+        image_views (`int`, *optional*, defaults to 1): Number of views of an image, 1 or 2, each with changes of its
+            own. 2 needs `augment` with a crop.
+        view_for_teacher (`bool`, *optional*, defaults to `False`): Whether to add, with two views, `teacher_inputs`
+            for a model that sees both: `pixel_values` [B, 3, H, W] of the smallest part of each image that holds both
+            views, without other changes, and `view_boxes` [B, 2, 4] with the left, top, right and bottom edges of the
+            views as shares of that part. For a mirror image, left and right are exchanged.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -153,6 +160,8 @@ class LoTLIPCollator:
         patch_dropout: float = 0.0,
         patch_size: int | None = None,
         augment: Augment | None = None,
+        image_views: int = 1,
+        view_for_teacher: bool = False,
         frozen: Collection[str] = (),
         return_texts: bool = False,
         return_text_keys: bool = False,
@@ -186,6 +195,9 @@ class LoTLIPCollator:
         self.crop_size = None
         if augment is not None and augment.crop:
             self.crop_size = crop_size(getattr(processor, "image_processor", processor))
+        if image_views not in (1, 2) or (image_views == 2 and self.crop_size is None):
+            raise ValueError(f"`image_views` must be 1, or 2 with a crop in `augment`, got {image_views}.")
+        self.image_views, self.view_for_teacher = image_views, view_for_teacher
         self.frozen = frozen
         self.return_texts = return_texts
         self.return_text_keys = return_text_keys
@@ -243,9 +255,14 @@ class LoTLIPCollator:
                 else:  # one image at a time, as a batch of large images could fill the memory
                     load = partial(load_sized_pixels, **of_image)
                     if self.augment is not None:
-                        rng = record_rng(self.seed, int(self._epoch), str(record.get("id")), "view 0")
-                        drawn = {"augment": self.augment, "rng": rng, "size": self.crop_size}
-                        load = partial(load_augmented, **of_image, **drawn)
+                        first, second = (
+                            record_rng(self.seed, int(self._epoch), str(record.get("id")), f"view {number}")
+                            for number in (0, 1)
+                        )
+                        drawn = {"augment": self.augment, "size": self.crop_size, **of_image}
+                        load = partial(load_augmented, rng=first, **drawn)
+                        if self.image_views == 2:
+                            load = partial(load_views, rngs=[first, second], around=self.view_for_teacher, **drawn)
                     read, (image, size) = read_record(record, load)
                     if self.num_regions:
                         read = _seen(read, kept_box(size, image_processor))
@@ -281,7 +298,8 @@ class LoTLIPCollator:
         else:
             batch |= {name: torch.cat([torch.as_tensor(image[name]) for image in images]) for name in images[0]}
         if self.patch_dropout and self.patch_size:
-            batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
+            kept = [self._draw_patches(batch, self.patch_size, rngs) for _ in range(self.image_views)]
+            batch["kept_patches"] = kept[0] if self.image_views == 1 else torch.stack(kept, dim=1)
         negatives = [
             _draw_negatives(record, self.num_negatives, rng) for record, rng in zip(checked, rngs, strict=True)
         ]
@@ -321,6 +339,8 @@ class LoTLIPCollator:
             batch["groups"] = torch.tensor([group_key(record) for record in checked])
         if inputs:
             batch["teacher_inputs"] = {name: _joined([each[name] for each in inputs]) for name in inputs[0]}
+        elif "around" in batch:
+            batch["teacher_inputs"] = {"pixel_values": batch.pop("around"), "view_boxes": batch.pop("view_boxes")}
         batch["return_loss"] = True
         if self.return_ids:
             batch |= {"ids": [record["id"] for record in checked], "counts": dict(counts)}

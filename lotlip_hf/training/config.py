@@ -232,7 +232,17 @@ class TrainingConfig:
         None,
         metavar="FILE",
     )
-    patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
+    patch_dropout: float = option("Share of image patches to drop in training", 0.0, at_least=0, below=1)
+    patch_choice: Literal["random", "attention"] = option(
+        "Which patches --patch-dropout keeps: random ones, or those that --teacher ema or self attends to",
+        "random",
+    )
+    image_views: int = option(
+        "Views of each image in a step, 1 or 2, by --augment crop:S; 2 for terms of two views, such as two_views",
+        1,
+        at_least=1,
+        at_most=2,
+    )
     augment: list[str] = option(
         "Random changes of images: crop:S, a crop of at least the share S of the area; flip:P and grey:P, a mirror "
         "image and shades of grey with probability P; jitter:C, other colours, of strength C (default: none)",
@@ -242,8 +252,9 @@ class TrainingConfig:
 
     terms: list[str] = option(
         "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, distribution, hard_negatives, "
-        "masked_words; with columns of the data negatives, tags, region_text, regions; and with --teacher instance, "
-        "structure, similarities, cosine. Write a weight other than 1 as in infonce:0.5",
+        "masked_words; with columns of the data negatives, tags, region_text, regions; with --teacher instance, "
+        "structure, similarities, cosine; and with --image-views 2 two_views, simclr, byol. Write a weight other than "
+        "1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
@@ -416,8 +427,15 @@ class TrainingConfig:
         }
         if taught and self.teacher is None:
             raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it, for example to a dual encoder.")
-        if self.teacher is not None and not taught:
+        if self.patch_choice == "attention" and (not self.patch_dropout or self.teacher not in ("self", "ema")):
+            raise ValueError("`patch_choice` attention needs `patch_dropout` and `teacher` ema or self. Set both.")
+        if self.teacher is not None and not taught and self.patch_choice != "attention":
             raise ValueError("`teacher` needs a term that uses it, such as instance. Add one to `terms`.")
+        viewed = [name for name, term in terms.items() if "image_embeds_2" in cast(Any, term).needs]
+        if viewed and self.image_views == 1:
+            raise ValueError(f"`terms` {', '.join(viewed)} needs `image_views` 2. Set it too.")
+        if self.image_views == 2 and (not viewed or augment is None or not augment.crop):
+            raise ValueError("`image_views` 2 needs `augment` crop:S and a term of two views, such as two_views.")
         if self.teacher_momentum != type(self).teacher_momentum and self.teacher != "ema":
             raise ValueError("`teacher_momentum` needs `teacher` ema. Set it too.")
         for kind in ("image", "text"):

@@ -216,9 +216,11 @@ class _Run:
             seed=config.seed,
             on_error=config.on_error,
             return_ids=True,
-            patch_dropout=config.patch_dropout,
+            patch_dropout=config.patch_dropout if config.patch_choice == "random" else 0.0,
             patch_size=getattr(model.config.vision_config, "patch_size", None),
             augment=config.augmentation(),
+            image_views=config.image_views,
+            view_for_teacher=config.teacher in ("self", "ema"),
             frozen=self.frozen,
             return_texts=self.teacher is not None and self.teacher.reads_texts,
             read_for_teacher=None if self.teacher is None else self.teacher.read,
@@ -376,7 +378,7 @@ class _Run:
         if self.averaged is not None:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
         if self.teacher is not None:
-            self.teacher.update(cast(LoTLIPModel, extract_model_from_parallel(self.model)))
+            self.teacher.update(cast(LoTLIPModel, extract_model_from_parallel(self.model)), self.objective)
 
     def _stop_at_nan(self, step: int, reason: str) -> None:
         """Raises `NonFiniteLossError`, on all processes together, because they have the same loss and norm."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -19,7 +19,7 @@ from .terms import make_terms
 from .terms.views import Views
 
 IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes", "kept_patches", "image_states"}
-IMAGE_EMBEDS = {"image_embeds", "patch_embeds"}
+IMAGE_EMBEDS = {"image_embeds", "image_embeds_2", "patch_embeds"}
 TOKEN_EMBEDS = {"token_embeds", "masked_token_embeds"}
 TEXT_EMBEDS = {"text_embeds", "corner_embeds", *TOKEN_EMBEDS, *RIDERS}
 
@@ -89,6 +89,12 @@ class Objective(nn.Module):
             # `DistributedDataParallel` waits for a gradient of the logit scale even if no term uses it.
             return {"loss": torch.stack([*losses.values()]).sum() + 0 * logit_scale, **losses}
 
+    def follow(self, decay: float) -> None:
+        """Updates the moving averages of their own weights that terms have. Call it after each step."""
+        for term in self.terms.values():
+            if hasattr(term, "follow"):
+                cast(Any, term).follow(decay)
+
 
 def make_objective(config: TrainingConfig, model_config: LoTLIPConfig) -> Objective:
     """
@@ -125,13 +131,14 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
             or without `long_input_ids` [B, T - 1, L']. With `negative_mask` [B, n] and `box_mask` [B, R], n
-            negatives and R texts of regions follow the long texts of a row. Further tensors in `needs` are returned
-            unchanged.
+            negatives and R texts of regions follow the long texts of a row. `pixel_values` [B, 2, 3, H, W] are two
+            views of each image. Further tensors in `needs` are returned unchanged.
         needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
 
     Returns:
-        `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim],
-        `text_embeds` [B, T, dim] with the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
+        `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim], with two
+        views those of the first and `image_embeds_2` those of the second, `text_embeds` [B, T, dim] with the short
+        text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
         `corner_embeds` is missing if m = 0 or T = 1. `negative_embeds` are [B, n, dim] and
         `region_embeds` [B, R, dim]. `patch_embeds` are [B, P, dim], and `token_embeds` [B, T, L, dim] are those of
         texts padded to the longest, with `token_mask` [B, T, L]. `masked_token_embeds` [B, L', dim] and
@@ -143,6 +150,10 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
         inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     elif not TEXT_EMBEDS & set(needs):
         inputs = {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+    has_views = "pixel_values" in inputs and inputs["pixel_values"].dim() == 5
+    if has_views:
+        views = {name: inputs[name].flatten(0, 1) for name in ("pixel_values", "kept_patches") if name in inputs}
+        inputs = {**inputs, **views}
     riders = num_riders(tensors)
     num_long = inputs["long_input_ids"].shape[1] - sum(riders.values()) if "long_input_ids" in inputs else 0
     # Short texts and riders need no corner tokens, not even in training mode.
@@ -152,8 +163,11 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     texts, corners = outputs.text_embeds, outputs.corner_embeds
     if texts is not None and texts.dim() == 2:
         texts = texts.unsqueeze(1)
-    embeds = {"image_embeds": outputs.image_embeds, "text_embeds": texts, "corner_embeds": corners}
-    embeds |= {"patch_embeds": outputs.patch_embeds, **_tokens(outputs, inputs, num_long)}
+    embeds = {"text_embeds": texts, "corner_embeds": corners, **_tokens(outputs, inputs, num_long)}
+    for name in ("image_embeds", "patch_embeds"):
+        embeds[name] = outputs.get(name)
+        if has_views and embeds[name] is not None:
+            embeds[name], embeds[f"{name}_2"] = embeds[name].unflatten(0, (-1, 2)).unbind(1)
     if "masked_labels" in tensors and outputs.long_token_embeds is not None:  # of the last rider
         embeds["masked_token_embeds"] = outputs.long_token_embeds[:, -1]
         embeds["masked_token_mask"] = inputs["long_attention_mask"][:, -1].bool()

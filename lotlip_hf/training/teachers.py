@@ -1,5 +1,6 @@
 """
-Teachers: they compute `teacher_image_embeds` and `teacher_text_embeds`, which are targets of terms of the objective.
+Teachers: they compute `teacher_image_embeds` and `teacher_text_embeds`, which are targets of terms of the objective,
+and choose the patches that a step keeps.
 
 To add a kind, write a subclass of [`Teacher`] and list it in `KINDS`.
 """
@@ -19,13 +20,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..data.collator import RIDERS, Batch, image_key, num_riders
 from ..data.record import Record, RecordError
 from ..encoder import load_encoder, warn_of_cut_texts
+from ..modeling.backbones_lotlip import pair
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..states import FrozenStates
 from .config import TrainingConfig
 from .frozen import KeyedRecords, fill_images
-from .objective import embed
+from .keeping import attention_scores, check_attention, kept_by_score, scores_of_view
+from .objective import Objective, embed
 
 IMAGE_EMBEDS, TEXT_EMBEDS = "teacher_image_embeds", "teacher_text_embeds"
+KEPT_PATCHES, BOXES = "kept_patches", "view_boxes"
 Records = Dataset | IterableDataset | KeyedRecords
 
 
@@ -37,7 +41,8 @@ class Teacher:
     Args:
         config (`TrainingConfig`): Options of the run.
         model (`LoTLIPModel`): The model.
-        needs (`Collection[str]`): Names of the tensors to compute: `teacher_image_embeds`, `teacher_text_embeds`.
+        needs (`Collection[str]`): Names of the tensors to compute: `teacher_image_embeds`, `teacher_text_embeds`, and
+            `kept_patches` for the choice by attention.
         accelerator (`Accelerator`): The processes.
 
     Attributes:
@@ -64,8 +69,8 @@ class Teacher:
         """Returns the tensors in `needs` for a batch, normalised and in float32."""
         raise NotImplementedError
 
-    def update(self, model: LoTLIPModel) -> None:
-        """Follows the model after a step of the optimiser."""
+    def update(self, model: LoTLIPModel, objective: Objective) -> None:
+        """Follows the model and the terms of the objective after a step of the optimiser."""
 
 
 class EncoderTeacher(Teacher):
@@ -150,9 +155,14 @@ class EncoderTeacher(Teacher):
 
 
 class StartTeacher(Teacher):
-    """The model as it started, in evaluation mode. It sees whole images, also with `patch_dropout`."""
+    """
+    The model as it started, in evaluation mode. It sees whole images, also with `patch_dropout`, and with two views
+    the smallest part of an image that holds both.
+    """
 
     def start(self, model: LoTLIPModel, records: Records) -> Records:
+        if KEPT_PATCHES in self.needs:
+            check_attention(model.vision_model)
         average = get_ema_multi_avg_fn(self.config.teacher_momentum)  # for `AverageTeacher`
         self.averaged = AveragedModel(model, self.accelerator.device, multi_avg_fn=average)
         self.averaged.requires_grad_(False).eval()
@@ -160,22 +170,43 @@ class StartTeacher(Teacher):
 
     def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
         assert self.averaged is not None
-        names = {name.removeprefix("teacher_") for name in self.needs}
-        inputs = _inputs(batch)
-        parts = []
+        names = {name.removeprefix("teacher_") for name in self.needs - {KEPT_PATCHES}}
+        inputs, parts = _inputs(batch), []
         with torch.no_grad(), self.accelerator.autocast():
             for chunk in _chunks(inputs, self.config.grad_cache_chunk):
                 chunk = cast(dict[str, Any], send_to_device(chunk, self.accelerator.device, non_blocking=True))
-                parts.append(embed(self.averaged.module, chunk, names))
-        return {f"teacher_{name}": torch.cat([part[name] for part in parts]).float() for name in names}
+                parts.append(self._part(chunk, names))
+        targets = {f"teacher_{name}": torch.cat([part[name] for part in parts]).float() for name in names}
+        if KEPT_PATCHES in self.needs:
+            targets[KEPT_PATCHES] = torch.cat([part[KEPT_PATCHES] for part in parts])
+        return targets
+
+    def _part(self, chunk: dict[str, Any], names: set[str]) -> dict[str, torch.Tensor]:
+        """Returns embeddings of a chunk and, if they are needed, its `kept_patches`: [b, K], or [b, 2, K] of views."""
+        assert self.averaged is not None
+        model = cast(LoTLIPModel, self.averaged.module)
+        if KEPT_PATCHES not in self.needs:
+            return embed(model, chunk, names)
+        scores, images = attention_scores(model, pixel_values=chunk["pixel_values"])
+        patch_size = pair(cast(Any, model.config.vision_config).patch_size)
+        sides = zip(chunk["pixel_values"].shape[-2:], patch_size, strict=True)
+        rows, columns = (side // size for side, size in sides)
+        seen = [scores]
+        if BOXES in chunk:
+            seen = [scores_of_view(scores, (rows, columns), box) for box in chunk[BOXES].unbind(1)]
+        kept = [kept_by_score(each, (rows, columns), 1 - self.config.patch_dropout) for each in seen]
+        rest = names - {"image_embeds"}
+        embeds = {"image_embeds": images, **(embed(model, chunk, rest) if rest else {})}
+        return {**embeds, KEPT_PATCHES: torch.stack(kept, 1) if BOXES in chunk else kept[0]}
 
 
 class AverageTeacher(StartTeacher):
     """A moving average of the model's weights with the decay `config.teacher_momentum`, as that of `ema_decay`."""
 
-    def update(self, model: LoTLIPModel) -> None:
+    def update(self, model: LoTLIPModel, objective: Objective) -> None:
         assert self.averaged is not None
         self.averaged.update_parameters(model)
+        objective.follow(self.config.teacher_momentum)
 
 
 class ColumnsTeacher(Teacher):
@@ -202,7 +233,10 @@ def make_teacher(
     if config.teacher is None:
         return None
     kind = KINDS.get(config.teacher, EncoderTeacher)
-    return kind(config, model, {name for name in needs if name.startswith("teacher_")}, accelerator)
+    needed = {name for name in needs if name.startswith("teacher_")}
+    if config.patch_choice == "attention":
+        needed.add(KEPT_PATCHES)
+    return kind(config, model, needed, accelerator)
 
 
 def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
@@ -215,12 +249,13 @@ def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the tensors for a model as teacher: whole images, and texts without riders."""
-    unseen = ("kept_patches", *RIDERS.values())
+    """Returns the tensors for a model as teacher: whole images, or what holds both views, and texts without riders."""
+    unseen = (KEPT_PATCHES, *RIDERS.values())
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in unseen}
     if number := sum(num_riders(batch).values()):
         for name in {"long_input_ids", "long_attention_mask", "text_states"} & inputs.keys():
             inputs[name] = inputs[name][:, :-number]
+    inputs |= batch.get("teacher_inputs", {})
     return {name: value for name, value in inputs.items() if value.numel()}
 
 

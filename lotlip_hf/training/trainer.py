@@ -121,6 +121,7 @@ class LoTLIPTrainer(Trainer):
             self.data_collator = copy.copy(collator)
             self.data_collator.draw, self.data_collator.patch_dropout = whole, 0.0
             self.data_collator.augment = self.data_collator.word_scores = None
+            self.data_collator.image_views = 1
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:

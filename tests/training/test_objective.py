@@ -28,6 +28,7 @@ from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.objective import Objective, batch_loss, embed
 from lotlip_hf.training.terms import TERMS, pairs
 from lotlip_hf.training.terms.distribution import Distribution
+from lotlip_hf.training.terms.heads import BatchNorm
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.primary_components import primary_components
 from lotlip_hf.training.terms.sigmoid import Sigmoid
@@ -44,6 +45,7 @@ REGIONS = {
     "region_text": {"grounding": 0.5, "width": 8, "projection_dim": 5},
     "regions": {"queries": 4, "layers": 1, "width": 8, "l1": 2.0, "description": 0.5, "projection_dim": 5},
 }
+HEADS = {"width": 8, "output": 4, "projection_dim": 5}
 # Terms and their options.
 OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"infonce": {}},
@@ -61,6 +63,7 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     REGIONS,
     {"infonce": {}, "guess": {}, "sigmoid": {}, "hard_negatives": {}, "negatives": {}, "tags": TAGGED, "cosine": {}},
     {"infonce": {}, **REGIONS, "negatives": {}},
+    {"two_views": {"label_smoothing": 0.1}, "simclr": HEADS, "byol": HEADS},
 ]
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
 # Equal texts of 13 samples: short ones in groups of 1 to 5, all of the second kind, and none of the third.
@@ -105,7 +108,7 @@ class Towers(nn.Module):
         self.negatives, self.image_targets = random(13, 2, 7), F.normalize(random(13, 5), dim=-1)
         self.mask = torch.arange(26).view(13, 2) % 3 > 0
         self.mask[4] = self.mask[7] = False
-        self.patches, self.phrases = random(13, 4, 6), random(13, 3, 7)
+        self.patches, self.phrases, self.second = random(13, 4, 6), random(13, 3, 7), random(13, 6)
         corners = torch.rand(13, 3, 2, 2, generator=generator).sort(dim=2).values
         self.boxes, self.phrase_keys = corners.flatten(2), torch.arange(39).view(13, 3) % 17
         self.box_mask = torch.arange(39).view(13, 3) % 4 > 0
@@ -116,6 +119,7 @@ class Towers(nn.Module):
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         embeds = {
             "image_embeds": F.normalize(self.images[samples] @ self.image_map, dim=-1),
+            "image_embeds_2": F.normalize(self.second[samples] @ self.image_map, dim=-1),
             "text_embeds": F.normalize(self.texts[samples] @ self.text_map, dim=-1),
             "corner_embeds": F.normalize(self.corners[samples] @ self.text_map, dim=-1),
             "negative_embeds": F.normalize(self.negatives[samples] @ self.text_map, dim=-1),
@@ -290,12 +294,48 @@ def regions(term: Any, embeds: dict[str, torch.Tensor], logit_scale: torch.Tenso
     return {name: term.weights[name] * value for name, value in parts.items()}
 
 
+def normed(head: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
+    """The output of a head, with the normalisation of torch."""
+    for layer in head:
+        is_norm = isinstance(layer, BatchNorm)
+        options = {"running_mean": None, "running_var": None, "training": True}
+        features = (
+            F.batch_norm(features, weight=layer.weight, bias=layer.bias, **options) if is_norm else layer(features)
+        )
+    return features
+
+
+def two_views(term: Any, embeds: dict[str, torch.Tensor], logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    both = [
+        plain_loss(Objective({"infonce": term}), {**embeds, "image_embeds": embeds[name]}, logit_scale)
+        for name in ("image_embeds", "image_embeds_2")
+    ]
+    return {
+        part: (both[0][f"loss_infonce_{part}"] + both[1][f"loss_infonce_{part}"]) / 2 for part in ("short", "long")
+    }
+
+
+def simclr(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """Of 2 N pictures, each of which finds the other one of its pair."""
+    features = normed(term.head, torch.cat([embeds["image_embeds"], embeds["image_embeds_2"]]))
+    cosines = F.cosine_similarity(features[:, None], features[None], dim=-1) / term.temperature
+    return F.cross_entropy(cosines.fill_diagonal_(-torch.inf), torch.arange(len(features)).roll(len(features) // 2))
+
+
+def byol(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    features = normed(term.projection, torch.cat([embeds["image_embeds"], embeds["image_embeds_2"]]))
+    targets = normed(term.target, embeds["teacher_image_embeds"]).detach().repeat(2, 1)
+    distances = F.normalize(normed(term.predictor, features), dim=1) - F.normalize(targets, dim=1)
+    return distances.square().sum(1).mean()
+
+
 PLAIN = {
     one.__name__: one
     for one in (
         *(guess, instance, structure, cosine, similarities, hard_negatives, negatives, tags),
         masked_words,
         *(region_text, regions),
+        *(two_views, simclr, byol),
     )
 }
 
@@ -445,7 +485,7 @@ def test_terms_are_float32_under_autocast(terms: dict[str, dict[str, Any]]) -> N
     answer.backward()
     assert answer.dtype == torch.float32
     assert torch.equal(answer, expected)
-    for name in (name for name in objective.needs & exact.keys() if exact[name].requires_grad):
+    for name in (name for name in objective.needs & exact.keys() if exact[name].grad is not None):
         torch.testing.assert_close(half[name].grad.float(), exact[name].grad, rtol=0.01, atol=0.01)
 
 

@@ -34,6 +34,7 @@ TOWERS = {
     "veclip": ("bert", "vit"),
     "hq-clip": ("bert", "vit"),
     "unime": ("bert", "vit"),
+    "a-clip": ("bert", "vit"),
 }
 CHECKPOINTS = ("long-clip", "proclip-2", "dclip")  # recipes that continue a model
 OWN_TOWERS = ["--text-model", "text", "--image-model", "image"]  # small-data has none

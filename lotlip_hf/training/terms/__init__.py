@@ -9,6 +9,7 @@ from torch import nn
 
 from ... import options
 from ...modeling.configuration_lotlip import LoTLIPConfig
+from .byol import BYOL
 from .cosine import Cosine
 from .distribution import Distribution
 from .hard_negatives import HardNegatives
@@ -20,10 +21,12 @@ from .primary_components import PrimaryComponents
 from .region_text import RegionText
 from .regions import Regions
 from .sigmoid import Sigmoid
+from .simclr import SimCLR
 from .similarities import Similarities
 from .soft_labels import SoftLabels
 from .structure import Structure
 from .tags import Tags
+from .two_views import TwoViews
 
 TERMS: dict[str, type[nn.Module]] = {
     "infonce": InfoNCE,
@@ -41,6 +44,9 @@ TERMS: dict[str, type[nn.Module]] = {
     "structure": Structure,
     "similarities": Similarities,
     "cosine": Cosine,
+    "two_views": TwoViews,
+    "simclr": SimCLR,
+    "byol": BYOL,
 }
 # Options of terms that default to a field of the model's configuration.
 MODEL_DEFAULTS = {name: name for name in ("projection_dim", "short_loss_weight", "long_loss_weight")}
