@@ -139,8 +139,8 @@ def groups_of(records: Dataset | KeyedRecords) -> np.ndarray:
     groups = np.fromiter(map(group_key, without_images(table)), np.int64, len(table))
     if len(np.unique(groups)) == len(groups):
         raise ValueError(
-            f"`group_size`: no two of {len(groups):,} records have the same `group`. Add this field to the data, or "
-            "leave the option out."
+            f"No two of {len(groups):,} records have the same `group`, which `group_size` holds together. Add this "
+            "field to the data."
         )
     return groups
 
