@@ -35,9 +35,9 @@ from lotlip_hf.training.model import load_or_start_model
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "2sft": {
         "images": {"terms": ["margin"], "num_long_texts": 0},
-        "texts": {"terms": ["infonce"], "lock_vision": True},
+        "texts": {"terms": ["infonce"], "num_long_texts": 1, "num_sentences": 0, "lock_vision": True},
     },
-    "mcip": {"both": {"terms": ["margin", "caption_margin"]}},
+    "mcip": {"both": {"terms": ["margin", "caption_margin"], "num_long_texts": 2, "num_sentences": 0}},
 }
 
 

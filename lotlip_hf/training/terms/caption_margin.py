@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...distributed import gather, world_size
+from ...distributed import world_size
 from .margin import check_margin, with_margin
 from .rows import sum_of_rows
 from .views import Views
@@ -37,7 +37,7 @@ class CaptionMargin(nn.Module):
         self.margin, self.scale = margin, scale
 
     def forward(self, views: Views) -> torch.Tensor:
-        texts, groups = [gather(each) for each in views["text_embeds"].unbind(1)], views.all("groups")
+        texts, groups = views.all("text_embeds").unbind(1), views.all("groups")
 
         def of_rows(*similarities: torch.Tensor) -> torch.Tensor:
             *cosines, own = similarities  # T of [r, N], and the mask of the own record
