@@ -444,7 +444,7 @@ def _draw_regions(record: Record, number: int, rng: Random) -> tuple[list[Region
     return drawn + [whole] * rest, [True] * len(drawn) + [False] * rest
 
 
-def group_key(record: Record) -> int:
+def group_key(record: Mapping[str, Any]) -> int:
     """Returns a digest that the records of a group share, or of the id of a record without a group."""
     group = record.get("group")
     name = f"group\0{group}" if group else f"id\0{record['id']}"

@@ -1,6 +1,7 @@
 """The batches of a run. The seed and the epoch determine the records of every batch and their order."""
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any, TypedDict
@@ -12,10 +13,13 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from ..data.collator import Batch, LoTLIPCollator
+from ..data.collator import Batch, LoTLIPCollator, group_key
+from ..data.records import without_images
 from ..terminal import ignore_signals
 from .config import TrainingConfig
 from .frozen import KeyedRecords
+
+AHEAD = 1000  # parts of groups among which one is sought that fits into the rest of a batch
 
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
@@ -61,16 +65,26 @@ class EpochBatches(Sampler[list[int]]):
     The batches of one process in one epoch, as lists of record indices.
 
     Each global batch is a slice of the shuffled records and is split evenly over the processes. A step therefore uses
-    the same records for any number of processes.
+    the same records for any number of processes. With `groups`, the groups [num_records] of the records as numbers,
+    a global batch holds `group_size` records of a group together ([`hold_together`]).
     """
 
     def __init__(
-        self, num_records: int, config: TrainingConfig, epoch: int, start: int, rank: int, num_processes: int
+        self,
+        num_records: int,
+        config: TrainingConfig,
+        epoch: int,
+        start: int,
+        rank: int,
+        num_processes: int,
+        groups: np.ndarray | None = None,
     ) -> None:
         self.order = np.random.default_rng([config.seed, epoch]).permutation(num_records)
         self.numbers = range(start, batches_per_epoch(num_records, config, num_processes))
         self.size = config.batch_size * num_processes
         self.rank, self.num_processes = rank, num_processes
+        if groups is not None:
+            self.order = hold_together(self.order, groups, config.group_size, self.size)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -79,6 +93,56 @@ class EpochBatches(Sampler[list[int]]):
         for number in self.numbers:
             whole = self.order[number * self.size : (number + 1) * self.size]
             yield np.array_split(whole, self.num_processes)[self.rank].tolist()
+
+
+def hold_together(order: np.ndarray, groups: np.ndarray, group_size: int, batch_size: int) -> np.ndarray:
+    """
+    Rearranges the order of an epoch, so that batches of `batch_size` hold up to `group_size` records of a group
+    together. A group is divided into parts of `group_size` and a smaller rest. The parts are in the order of their
+    first records; one that does not fit into a batch lets the next one that fits pass, and is cut only if none of the
+    next `AHEAD` parts fits.
+
+    Args:
+        order (`np.ndarray`): Order of the records, a permutation.
+        groups (`np.ndarray`): Numbers of the groups, by record.
+        group_size (`int`): Records of a part.
+        batch_size (`int`): Records of a batch.
+    """
+    open_parts: dict[int, list[int]] = {}
+    parts: deque[list[int]] = deque()
+    for record in order.tolist():
+        part = open_parts.get(groups[record])
+        if part is None or len(part) == group_size:
+            part = open_parts[groups[record]] = []
+            parts.append(part)
+        part.append(record)
+    held: list[int] = []
+    while parts:
+        room = batch_size - len(held) % batch_size
+        fitting = (index for index, part in enumerate(islice(parts, AHEAD)) if len(part) <= room)
+        index = next(fitting, None)
+        if index is None:
+            held += parts[0][:room]
+            parts[0] = parts[0][room:]
+        else:
+            held += parts[index]
+            del parts[index]
+    return np.array(held)
+
+
+def groups_of(records: Dataset | KeyedRecords) -> np.ndarray:
+    """
+    Returns the group of each record as a number, which no other record has if it has no group. Raises a `ValueError`
+    if no two records have the same group.
+    """
+    table = records.records if isinstance(records, KeyedRecords) else records
+    groups = np.fromiter(map(group_key, without_images(table)), np.int64, len(table))
+    if len(np.unique(groups)) == len(groups):
+        raise ValueError(
+            f"No two of {len(groups):,} records have the same `group`, which `group_size` holds together. Add this "
+            "field to the data."
+        )
+    return groups
 
 
 class StreamState(TypedDict, total=False):
@@ -206,6 +270,7 @@ def iterate_batches(
     The processes divide its shards, or its records if there are too few shards.
     """
     state = state or {}
+    groups = groups_of(records) if config.group_size > 1 and not isinstance(records, IterableDataset) else None
     for number in count(epoch):
         collator.set_epoch(number)
         arguments: dict[str, Any] = {
@@ -229,7 +294,7 @@ def iterate_batches(
                 state = {"last": worker, "workers": {**state.get("workers", {}), str(worker): own}}
                 yield number, index, batch, state
         else:
-            sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
+            sampler = EpochBatches(len(records), config, number, start, rank, num_processes, groups)
             loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
             for index, batch in enumerate(loader, start + 1):
                 if isinstance(batch, Exception):

@@ -252,9 +252,9 @@ class TrainingConfig:
 
     terms: list[str] = option(
         "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, distribution, hard_negatives, "
-        "masked_words; with columns of the data negatives, tags, region_text, regions; with --teacher instance, "
-        "structure, similarities, cosine; and with --image-views 2 two_views, simclr, byol. Write a weight other than "
-        "1 as in infonce:0.5",
+        "masked_words; with columns of the data negatives, tags, region_text, regions, margin, caption_margin, "
+        "groups; with --teacher instance, structure, similarities, cosine; and with --image-views 2 two_views, simclr, "
+        "byol. Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
@@ -280,6 +280,11 @@ class TrainingConfig:
     )
 
     batch_size: int = option("Images per batch and process", 64, at_least=1, group="Batches")
+    group_size: int = option(
+        "Records of a group to hold together in a batch, for terms such as groups; 1 draws single records",
+        1,
+        at_least=1,
+    )
     grad_cache_chunk: int | None = option(
         "Embed a batch in chunks of N samples: the same gradient in less memory", None, at_least=1
     )
@@ -410,6 +415,8 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` needs `eval_data` or `eval_share`. Pass the records to evaluate on.")
         if self.patience is not None and self.eval_steps is None:
             raise ValueError("`patience` needs `eval_steps`. Set the steps between evaluations.")
+        if self.group_size > 1 and self.streaming:
+            raise ValueError("`group_size` needs the groups of all records, not `streaming`. Leave one of them out.")
         self.draw()
         augment = self.augmentation()
         from .terms import make_terms  # slow: imports torch

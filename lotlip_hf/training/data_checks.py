@@ -35,6 +35,7 @@ FLAT = 8  # maximum difference between the values of a channel in an image of on
 SHOWN = 60  # characters of a caption
 # Tensors that terms need, and their fields
 ROLES = {"negative_embeds": "negatives", "tags": "tags", "region_embeds": "regions"}
+GROUPED = ("margin", "groups")  # terms without an effect on records without a group
 
 
 def warn_of_data(
@@ -172,7 +173,7 @@ def _equal_captions(
 def _missing_roles(records: Sequence[Record], needs: Mapping[str, Collection[str]]) -> Iterator[str]:
     """Names the fields that a term needs and no record has."""
     for term, names in needs.items():
-        for role in (ROLES[name] for name in names if name in ROLES):
+        for role in (*(ROLES[name] for name in names if name in ROLES), *(["group"] if term in GROUPED else [])):
             if not any(record.get(role) for record in records):
                 yield (
                     f"None of {len(records):,} records has `{role}`, so the term {term} has no effect. Add this field "

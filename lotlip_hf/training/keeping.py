@@ -43,6 +43,8 @@ def check_attention(tower: LoTLIPVisionModel) -> None:
     family, model_type = tower.config.family, tower.config.backbone_config.model_type
     if family.passing_embeddings is None or model_type == "siglip2_vision_model":
         raise ValueError(f"`patch_choice` attention does not fit {model_type}. Set `patch_choice` to random.")
+    if tower.config.image_token_centers is not None:
+        raise ValueError("`patch_choice` attention needs all layers to see the patches. Unset `image_token_centers`.")
     if not family.has_class_token and tower.config.pooling != "pooler":
         raise ValueError(
             f"`patch_choice` attention needs a class token or the pooling `pooler`, which {model_type} with the "

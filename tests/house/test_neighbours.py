@@ -69,7 +69,8 @@ def test_a_system_without_a_working_part_has_a_reason() -> None:
 @pytest.mark.parametrize("row", WORKING, ids=lambda row: paper(row))
 def test_how_names_what_exists(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
-    (tmp_path / "tags.txt").write_text("cat\n", encoding="utf-8")
+    for name in ("tags.txt", "classes.txt"):
+        (tmp_path / name).write_text("cat\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"`(.*?)`", row["how"])[0]
     if code.startswith("lotlip_hf."):

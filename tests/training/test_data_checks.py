@@ -55,6 +55,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
         10,
         "100% of 40 long captions",
     ),
+    "no groups": ({}, {"terms": ["groups"]}, 10, "None of 40 .*`group`.*groups"),
     "equal": (
         {"short_caption": ["A  Dog", "a dog ", *(f"cat {index}" for index in range(38))]},
         {},

@@ -21,7 +21,7 @@ from transformers import BertConfig, ViTConfig
 
 import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.data.collator import ModelInputs
+from lotlip_hf.data.collator import ModelInputs, group_key
 from lotlip_hf.data.record import texts_digest
 from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
@@ -40,6 +40,8 @@ WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 
 VOCABULARY = Path(__file__).with_name("vocabulary.txt")
 TAGGED = {"vocabulary": VOCABULARY, "projection_dim": 5}
+CLASSES = Path(__file__).with_name("classes.txt")
+CLASSED = {"classes": CLASSES, "margin": 0.3, "scale": 4.0, "projection_dim": 5}
 MASKED = {"num_layers": 1, "projection_dim": 5, "vocab_size": 9}
 REGIONS = {
     "region_text": {"grounding": 0.5, "width": 8, "projection_dim": 5},
@@ -60,6 +62,9 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"hard_negatives": {"directions": "image"}, "similarities": {"temperature": 0.3, "of": "both"}},
     {"negatives": {}, "tags": TAGGED},
     {"distribution": {}, "masked_words": MASKED},
+    {"margin": CLASSED, "caption_margin": {"margin": 0.2, "scale": 5.0}},
+    {"groups": {}},
+    {"infonce": {}, "groups": {"image_weight": 0.6, "temperature": 0.3, "hard_negatives": 3}},
     REGIONS,
     {"infonce": {}, "guess": {}, "sigmoid": {}, "hard_negatives": {}, "negatives": {}, "tags": TAGGED, "cosine": {}},
     {"infonce": {}, **REGIONS, "negatives": {}},
@@ -68,6 +73,8 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
 # Equal texts of 13 samples: short ones in groups of 1 to 5, all of the second kind, and none of the third.
 KEYS = torch.stack([torch.tensor([0, 1, 0, 2, 0, 3, 1, 4, 0, 5, 6, 4, 0]), torch.full([13], 7), torch.arange(13)], 1)
+# Of those of the last two groups the file of classes has none.
+GROUPS = torch.tensor([group_key({"group": str(key)}) for key in KEYS[:, 0].tolist()])
 # Digests of the tags of 13 samples: some have none, and some have one that is not in the vocabulary.
 TAGS = torch.tensor([[texts_digest([tag]) if tag else 0 for tag in tags] for tags in 13 * [["BLUE", "red"]]])
 TAGS[::3] = torch.tensor([texts_digest(["large square"]), 0])
@@ -128,7 +135,7 @@ class Towers(nn.Module):
             "masked_token_embeds": F.normalize(self.tokens[samples] @ self.text_map, dim=-1),
             "masked_token_mask": self.token_mask[samples],
             "masked_labels": self.masked_labels[samples],
-            "groups": self.text_keys[samples, 0],
+            "groups": GROUPS[samples],
             "region_embeds": F.normalize(self.phrases[samples] @ self.text_map, dim=-1),
             "region_keys": self.phrase_keys[samples],
             "boxes": self.boxes[samples],
@@ -240,6 +247,49 @@ def masked_words(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) ->
     return torch.stack(losses).mean()
 
 
+def turned(cosine: torch.Tensor, angle: float) -> torch.Tensor:
+    return (cosine.acos() + angle).cos()
+
+
+def margin(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """Image by image, of those with a known class."""
+    keys, losses = [group_key({"group": name}) for name in "01234"], []
+    prototypes = F.normalize(term.prototypes[[term.digests.tolist().index(key) for key in keys]], dim=1)
+    for image, group in zip(embeds["image_embeds"], embeds["groups"].tolist(), strict=True):
+        if group in keys:
+            cosines = [*(prototypes @ image)]
+            target = keys.index(group)
+            cosines[target] = turned(cosines[target], term.margin)
+            losses.append(F.cross_entropy(term.scale * torch.stack(cosines), torch.tensor(target)))
+    return torch.stack(losses).mean()
+
+
+def caption_margin(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """Caption by caption."""
+    losses = []
+    for i, (image, own) in enumerate(zip(embeds["image_embeds"], embeds["text_embeds"], strict=True)):
+        others = embeds["text_embeds"][embeds["groups"] != embeds["groups"][i]].flatten(0, 1) @ image
+        for text in own:
+            logits = term.scale * torch.stack([turned(text @ image, term.margin), *others])
+            losses.append(F.cross_entropy(logits, torch.tensor(0)))
+    return torch.stack(losses).mean()
+
+
+def groups(term: Any, embeds: dict[str, torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    """Equation 2 of https://arxiv.org/abs/2004.11362 with the mean over the anchors that have positives."""
+    keys, losses = embeds["groups"].tolist(), []
+    for texts in embeds["text_embeds"].unbind(1):
+        mixed = term.image_weight * embeds["image_embeds"] + (1 - term.image_weight) * texts
+        pooled = mixed / mixed.norm(dim=1, keepdim=True)
+        for i, row in enumerate(pooled @ pooled.t() / term.temperature):
+            positives = [row[j] for j in range(len(row)) if j != i and keys[j] == keys[i]]
+            others = sorted((row[j] for j in range(len(row)) if keys[j] != keys[i]), key=torch.Tensor.item)
+            compared = torch.stack(positives + others[-term.hard_negatives :]) if positives else None
+            if compared is not None:
+                losses.append(torch.stack([-(each.exp() / compared.exp().sum()).log() for each in positives]).mean())
+    return torch.stack(losses).mean()
+
+
 def cross_entropy(rows: list[torch.Tensor], columns: list[torch.Tensor], keys: list[int]) -> torch.Tensor:
     """Of each row against its column and those with other keys."""
     losses = []
@@ -334,6 +384,7 @@ PLAIN = {
     for one in (
         *(guess, instance, structure, cosine, similarities, hard_negatives, negatives, tags),
         masked_words,
+        *(margin, caption_margin, groups),
         *(region_text, regions),
         *(two_views, simclr, byol),
     )
@@ -606,7 +657,7 @@ def tiny_batch(
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
     others = {"labels": torch.arange(batch_size) % 3 + 1}  # which no model takes
-    others |= {"text_keys": KEYS[:batch_size], "tags": TAGS[:batch_size], "groups": KEYS[:batch_size, 0]}
+    others |= {"text_keys": KEYS[:batch_size], "tags": TAGS[:batch_size], "groups": GROUPS[:batch_size]}
     others["teacher_text_embeds"] = F.normalize(torch.randn(batch_size, 3, 24), dim=-1)
     others["teacher_image_embeds"] = F.normalize(torch.randn(batch_size, 24), dim=-1)
     if num_negatives:
@@ -634,6 +685,7 @@ CACHED = [
     {"negatives": {}, "hard_negatives": {}, "soft_labels": {}},
     {"tags": {"vocabulary": VOCABULARY, "projection_dim": 24}},
     {"distribution": {}, "masked_words": {**MASKED, "projection_dim": 24}, "negatives": {}},
+    {"margin": {**CLASSED, "projection_dim": 24}, "caption_margin": {}, "groups": {"hard_negatives": 2}},
     {"negatives": {}, **{name: {**options, "projection_dim": 24} for name, options in REGIONS.items()}},
 ]
 

@@ -36,7 +36,7 @@ TOWERS = {
     "unime": ("bert", "vit"),
     "a-clip": ("bert", "vit"),
 }
-CHECKPOINTS = ("long-clip", "proclip-2", "dclip")  # recipes that continue a model
+CHECKPOINTS = ("long-clip", "proclip-2", "dclip", "clippings", "mcip")  # recipes that continue a model
 OWN_TOWERS = ["--text-model", "text", "--image-model", "image"]  # small-data has none
 DECODER = {"num_key_value_heads": 1, "head_dim": 8}
 # Options that need a GPU, many pictures or much time.
@@ -89,6 +89,7 @@ def test_every_recipe_is_trained() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_parses(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tags.txt").write_text("cat\n", encoding="utf-8")  # of hq-clip
+    (tmp_path / "classes.txt").write_text("cat\n", encoding="utf-8")  # of mcip
     monkeypatch.chdir(tmp_path)
     argv = ["--data", "pictures", *(OWN_TOWERS if recipe.stem == "small-data" else ())]
     config = parse_arguments(["--recipe", recipe.stem, *argv])
@@ -154,6 +155,7 @@ def test_a_recipe_trains_two_steps(
     recipe: Path, tmp_path: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tags.txt").write_text("\n".join(TAGS), encoding="utf-8")
+    (tmp_path / "classes.txt").write_text("validation-0-group-0\nvalidation-0-group-1", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     config = parse_arguments(["--config", str(recipe), "--data", "scenes"])
     data, argv = ["--data", "scenes", "--num-scenes", "8"], list[str]()
@@ -161,6 +163,8 @@ def test_a_recipe_trains_two_steps(
         argv += ["--model", str(save_clip(tmp_path))]
     else:
         argv += save_towers(tmp_path, golden, *TOWERS[recipe.stem])
+    if recipe.stem in ("clippings", "mcip"):
+        data += ["--split", "validation"]  # whose records have groups
     if config.teacher == "columns":
         data = ["--data", str(save_taught_scenes(tmp_path / "taught", tiny_clip.PROJECTION_DIM))]
     elif config.teacher not in (None, "ema"):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lotlip_hf import LoTLIPConfig
 from lotlip_hf.cli import main as lotlip
+from lotlip_hf.data.collator import group_key
 from lotlip_hf.data.record import texts_digest
 from lotlip_hf.encoder import load_encoder
 from lotlip_hf.regions import overlaps
@@ -22,11 +23,14 @@ from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.objective import Objective, make_objective
 from lotlip_hf.training.terms import TERMS
 from lotlip_hf.training.terms import tags as tags_of
+from lotlip_hf.training.terms.caption_margin import CaptionMargin
 from lotlip_hf.training.terms.cosine import Cosine
 from lotlip_hf.training.terms.distribution import Distribution
+from lotlip_hf.training.terms.groups import Groups
 from lotlip_hf.training.terms.hard_negatives import HardNegatives
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.instance import Instance
+from lotlip_hf.training.terms.margin import Margin, with_margin
 from lotlip_hf.training.terms.masked_words import MaskedWords
 from lotlip_hf.training.terms.negatives import Negatives
 from lotlip_hf.training.terms.primary_components import PrimaryComponents, primary_components
@@ -40,6 +44,7 @@ from lotlip_hf.training.terms.views import Views
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 VOCABULARY = Path(__file__).with_name("vocabulary.txt")
+CLASSES = Path(__file__).with_name("classes.txt")
 
 
 def embeddings(*shape: int) -> torch.Tensor:
@@ -66,7 +71,7 @@ def tensors(batch_size: int = 6, num_texts: int = 3) -> dict[str, torch.Tensor]:
     return {
         **made,
         "tags": torch.tensor(tags).repeat(batch_size, 1)[:batch_size],
-        "groups": torch.arange(batch_size) % 4,
+        "groups": torch.tensor([group_key({"group": str(row % 4)}) for row in range(batch_size)]),
         "masked_token_mask": torch.arange(7) < torch.arange(2, 2 + batch_size).unsqueeze(1),
         "masked_labels": torch.tensor([3, -100, -100, -100, 8, 1, -100]).repeat(batch_size, 1, 1),
         "negative_mask": (torch.arange(2 * batch_size) % 3 > 0).view(batch_size, 2),
@@ -91,6 +96,10 @@ DIFFERENTIABLE: list[tuple[str, dict[str, Any]]] = [
     ("negatives", {}),
     ("tags", TAGGED),
     ("distribution", {}),
+    ("margin", {"classes": CLASSES, "margin": 0.4, "scale": 5.0, "projection_dim": 5}),
+    ("caption_margin", {"margin": 0.4, "scale": 5.0}),
+    ("groups", {"hard_negatives": 2, "temperature": 0.3}),
+    ("groups", {"image_weight": 0.6}),
     ("masked_words", {"num_layers": 1, "projection_dim": 5, "vocab_size": 9}),
     ("region_text", {"grounding": 0.5, "width": 8, "projection_dim": 5}),
     ("regions", {"queries": 4, "layers": 2, "width": 8, "projection_dim": 5}),
@@ -205,7 +214,7 @@ def test_a_duplicate_is_no_hard_negative(margin: float, is_left_out: bool) -> No
     assert (cosines.grad[1, 4] == 0) == is_left_out
 
 
-@pytest.mark.parametrize("name", ["hard_negatives", "soft_labels", "similarities"])
+@pytest.mark.parametrize("name", ["hard_negatives", "soft_labels", "similarities", "caption_margin", "groups"])
 def test_a_batch_of_one_sample_has_no_loss(name: str) -> None:
     given = tensors(1)
     given["text_embeds"].requires_grad_()
@@ -280,6 +289,77 @@ def test_regions_are_those_of_records_that_have_some(name: str) -> None:
     nothing.backward()
     assert nothing == 0
     assert not any(each.grad.any() for each in term.parameters() if each.grad is not None)
+
+
+# Groups
+
+
+def test_a_margin_turns_the_target() -> None:
+    """By hand: the angle grows by the margin, and where it would pass pi, the loss still falls with the angle."""
+    angles = torch.linspace(0.1, torch.pi - 0.1, 30, dtype=torch.float64)
+    moved = with_margin(angles.cos(), 0.5)
+    is_small = angles < torch.pi - 0.5
+    torch.testing.assert_close(moved[is_small], (angles + 0.5).cos()[is_small], **EXACT)
+    assert (moved.diff() < 0).all()
+    ends = torch.tensor([1.0, -1.0], requires_grad=True)
+    with_margin(ends, 0.5).sum().backward()
+    assert ends.grad.isfinite().all()
+
+
+def test_without_a_margin_it_is_a_plain_softmax() -> None:
+    """Of the records with a known class alone; without any, nothing is trained."""
+    term, given = Margin(CLASSES, 0.0, 3.0, 5).double(), tensors()
+    given["groups"][2] = group_key({"id": "a picture without a group"})
+    known = [row for row in range(6) if row != 2]
+    targets = torch.tensor([term.digests.tolist().index(group) for group in given["groups"][known].tolist()])
+    logits = 3 * given["image_embeds"][known] @ F.normalize(term.prototypes, dim=1).t()
+    torch.testing.assert_close(loss_of(term, given), F.cross_entropy(logits, targets), **EXACT)
+    assert loss_of(Margin(CLASSES, 0.3, 3.0, 5).double(), given) != loss_of(term, given)
+    nothing = loss_of(term, {**given, "groups": torch.arange(6)})
+    nothing.backward()
+    assert nothing == 0
+    assert not term.prototypes.grad.any()
+
+
+def test_captions_without_a_margin_are_told_from_those_of_other_classes() -> None:
+    """With a caption and a class each it is half of InfoNCE: images find texts."""
+    given = tensors(num_texts=1)
+    given["groups"] = torch.arange(6)
+    expected = F.cross_entropy(4 * given["image_embeds"] @ given["text_embeds"][:, 0].t(), torch.arange(6))
+    torch.testing.assert_close(loss_of(CaptionMargin(0.0, 4.0), given), expected, **EXACT)
+    assert loss_of(CaptionMargin(0.0, 4.0), {**given, "groups": torch.arange(6) // 2}) < expected
+    given["text_embeds"].requires_grad_()
+    one_class = loss_of(CaptionMargin(), {**given, "groups": torch.zeros(6, dtype=torch.long)})
+    one_class.backward()
+    assert one_class == 0
+    assert not given["text_embeds"].grad.any()
+
+
+def test_groups_of_one_have_no_loss_and_those_of_two_that_of_infonce() -> None:
+    given = tensors(num_texts=1)
+    given["image_embeds"].requires_grad_()
+    alone = loss_of(Groups(), {**given, "groups": torch.arange(6)})
+    alone.backward()
+    assert alone == 0
+    assert not given["image_embeds"].grad.any()
+    given["groups"] = torch.tensor([5, 3, 3, 8, 5, 8])
+    pooled = F.normalize(0.3 * given["image_embeds"] + 0.7 * given["text_embeds"][:, 0], dim=1)
+    logits = (pooled @ pooled.t() / 0.1).fill_diagonal_(-torch.inf)
+    expected = F.cross_entropy(logits, torch.tensor([4, 2, 1, 5, 0, 3]))
+    torch.testing.assert_close(loss_of(Groups(), given), expected, **EXACT)
+    torch.testing.assert_close(loss_of(Groups(hard_negatives=4), given), expected, **EXACT)
+    assert loss_of(Groups(hard_negatives=1), given) < expected
+
+
+def test_prototypes_belong_to_their_groups(tmp_path: Path) -> None:
+    """A resumed run keeps them, in whatever order the file is; lines are groups as they are written."""
+    term, given = Margin(CLASSES, projection_dim=5).double(), tensors()
+    (tmp_path / "classes.txt").write_text("0\n1\n2\n3\n4\n4\n\n", encoding="utf-8")
+    resumed = Margin(tmp_path / "classes.txt", projection_dim=5).double()
+    resumed.load_state_dict(term.state_dict())
+    assert loss_of(resumed, given) == loss_of(term, given)
+    (tmp_path / "classes.txt").write_text("a\nA\n A", encoding="utf-8")
+    assert len(Margin(tmp_path / "classes.txt").prototypes) == 3
 
 
 def test_tags_are_classes_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -510,6 +590,10 @@ def test_a_term_with_weight_0_is_left_out(name: str) -> None:
         ),
         (["--terms", "tags"], ["`term_options`", "tags", "`vocabulary`"]),
         (["--terms", "similarities"], ["similarities", "`teacher`"]),
+        (["--terms", "margin"], ["`term_options`", "margin", "`classes`"]),
+        (["--terms", "caption_margin", "--term-options", "caption_margin.margin=4"], ["`margin`", "4"]),
+        (["--terms", "groups", "--term-options", "groups.temperature=0"], ["`temperature`"]),
+        (["--terms", "groups", "--term-options", "groups.image_weight=2"], ["`image_weight`"]),
         (["--terms", "hard_negatives", "--term-options", "hard_negatives.number=0"], ["`number`"]),
         (
             ["--terms", "hard_negatives", "--term-options", "hard_negatives.directions=up"],

@@ -10,11 +10,14 @@ from torch import nn
 from ... import options
 from ...modeling.configuration_lotlip import LoTLIPConfig
 from .byol import BYOL
+from .caption_margin import CaptionMargin
 from .cosine import Cosine
 from .distribution import Distribution
+from .groups import Groups
 from .hard_negatives import HardNegatives
 from .infonce import InfoNCE
 from .instance import Instance
+from .margin import Margin
 from .masked_words import MaskedWords
 from .negatives import Negatives
 from .primary_components import PrimaryComponents
@@ -40,6 +43,9 @@ TERMS: dict[str, type[nn.Module]] = {
     "masked_words": MaskedWords,
     "region_text": RegionText,
     "regions": Regions,
+    "margin": Margin,
+    "caption_margin": CaptionMargin,
+    "groups": Groups,
     "instance": Instance,
     "structure": Structure,
     "similarities": Similarities,

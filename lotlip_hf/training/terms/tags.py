@@ -11,7 +11,7 @@ from ...distributed import sum_over_ranks, world_size
 from ...files import FileError, read_regular
 from .views import Views
 
-MAX_TAGS, MAX_BYTES = 100_000, 1 << 24  # of a vocabulary
+MAX_TAGS, MAX_BYTES = 100_000, 1 << 24  # of a file
 
 
 class Tags(nn.Module):
@@ -60,13 +60,18 @@ class Tags(nn.Module):
 
 def read_vocabulary(path: Path) -> list[str]:
     """Returns the different tags of a file, without empty lines."""
+    return distinct(read_lines(path, "vocabulary"))
+
+
+def read_lines(path: Path, option: str) -> list[str]:
+    """Returns the lines of the file of an option that are not empty, at least one."""
     try:
         lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise FileError(path, error.strerror or type(error).__name__) from error
     except UnicodeDecodeError as error:
         raise FileError(path, "not UTF-8") from error
-    tags = distinct(line for line in lines if line.strip())
-    if not 0 < len(tags) <= MAX_TAGS:
-        raise FileError(path, f"`vocabulary` must have 1 to {MAX_TAGS:,} tags, one a line, has {len(tags):,}")
-    return tags
+    lines = [line for line in lines if line.strip()]
+    if not 0 < len(lines) <= MAX_TAGS:
+        raise FileError(path, f"`{option}` must have 1 to {MAX_TAGS:,} lines that are not empty, has {len(lines):,}")
+    return lines
