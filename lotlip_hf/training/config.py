@@ -253,8 +253,8 @@ class TrainingConfig:
     terms: list[str] = option(
         "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, distribution, hard_negatives, "
         "masked_words; with columns of the data negatives, tags, region_text, regions, margin, caption_margin, "
-        "groups; with --teacher instance, structure, similarities, cosine; and with --image-views 2 two_views, simclr, "
-        "byol. Write a weight other than 1 as in infonce:0.5",
+        "groups; with --teacher instance, structure, similarities, cosine; and with --image-views 2 two_views, "
+        "simclr, byol. Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
