@@ -13,8 +13,8 @@ The method is NoLA's (https://arxiv.org/abs/2411.19346):
 `lotlip_hf.image_tuning.load_tuning` reads the result. `--test` is a folder with one folder for each class, whose
 accuracy before and after is printed.
 
-NoLA multiplies features that are not normalised, whose length is about 10 in CLIP, with the class embeddings. Here the
-embeddings are normalised and multiplied by 10, so that models with other lengths need no other learning rate.
+NoLA's logits are products of class embeddings and features that are not normalised. Here they are cosines times the
+model's logit scale, because the length of features differs between models.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from lotlip_hf.images import find_images, load_pixels
 from lotlip_hf.loading import load_image_processor, load_strict
 from lotlip_hf.terminal import printable_output, progress_bar
 
-SCALE = 10.0
 HIDDEN = 256  # width of the MLP
 MLP_EPOCHS, MLP_BATCH = 50, 32
 SHARE, FEWEST = 0.2, 16  # of the pictures of a class if all have as many, and at least
@@ -65,7 +64,7 @@ def teacher_features(name: str, images: Sequence[Any], batch_size: int, device: 
     """Class tokens [N, D] of a frozen image encoder."""
     model = load_strict(AutoModel, name, allow_missing="pooler", trust_remote_code=False, dtype="float32").to(device)
     processor, rows = load_image_processor(name), []
-    for start in progress_bar(range(0, len(images), batch_size), desc="Reading features", unit="batch"):
+    for start in progress_bar(range(0, len(images), batch_size), desc="Reading features", unit="step"):
         batch = [load_pixels(one, image_processor=processor)["pixel_values"] for one in images[start:][:batch_size]]
         with torch.inference_mode():
             rows.append(model(pixel_values=torch.cat(batch).to(device)).last_hidden_state[:, 0].cpu())
@@ -92,6 +91,7 @@ def tune(
     size = crop_size(engine.image_processor) if augment.crop else None
     settings = {"augment": augment, "image_processor": engine.image_processor, "background": engine.background}
     engine.model.requires_grad_(False)
+    scale = engine.model.logit_scale.exp()
     trained = {**norm_parameters(encoder), "prompts": tuning.prompts, "head": tuning.classes}
     for one in trained.values():
         one.requires_grad_()
@@ -109,7 +109,7 @@ def tune(
                 ]
                 pixels = {name: torch.cat([one[name] for one in read]).numpy() for name in read[0]}
                 output = engine.model.get_image_features(**engine.on_device(pixels)).pooler_output
-                logits = SCALE * F.normalize(output.float(), dim=-1) @ tuning.classes.T
+                logits = scale * F.normalize(output.float(), dim=-1) @ tuning.classes.T
                 loss = F.cross_entropy(logits, labels[rows].to(logits.device), label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     norms = {name: one.detach().clone() for name, one in norm_parameters(encoder).items()}
     classes = class_embeddings(encoder, names, descriptions=descriptions)
     scores = encoder.encode_images(images, batch_size=args.batch_size) @ classes.T
-    probabilities = (encoder.engine.model.logit_scale.exp().cpu() * scores).softmax(1).detach()
+    probabilities = (encoder.engine.model.logit_scale.exp().item() * scores).softmax(1)
     chosen, labels = confident(probabilities, max(FEWEST, int(SHARE * len(images) / len(names))))
     features = teacher_features(args.teacher, images, args.batch_size, encoder.device)
     mlp = train_mlp(features[chosen], labels, len(names))
