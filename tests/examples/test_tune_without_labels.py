@@ -287,7 +287,7 @@ def test_the_example(
 
 @pytest.mark.slow
 def test_the_tower_follows_its_mlp_on_scenes(example: ModuleType, trained_on_scenes: Path, tmp_path: Path) -> None:
-    """Scenes have no DINO. The teacher is the image tower of the model, and its MLP no better than the descriptions."""
+    """Scenes have no DINO. The teacher is the image tower of the model: its MLP is no better than descriptions."""
     (tmp_path / "photos").mkdir()
     for number in range(1500):
         render(scene(number)).save(tmp_path / "photos" / f"{number}.png")
