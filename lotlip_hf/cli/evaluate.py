@@ -45,6 +45,11 @@ class EvaluationConfig(PatchOptions):
         None,
         metavar="FILE",
     )
+    class_descriptions: str | None = option(
+        'JSON file of texts for each class, {"cat": ["A cat has ..."]}, instead of the default prompt',
+        None,
+        metavar="FILE",
+    )
     bootstrap: int | None = option(
         "Samples for the intervals of R@1; 0 for no intervals (default: 1000)", None, at_least=0
     )
@@ -85,7 +90,7 @@ class EvaluationConfig(PatchOptions):
         if study is not None and self.benchmark is None:
             raise ValueError(f"--task {self.task} needs --benchmark. Pass a retrieval task, such as scenes.")
         self.refuse(() if study else ("benchmark", "plot"))
-        self.refuse(("bootstrap", "templates", "max_length", "class_names") if study else ())
+        self.refuse(("bootstrap", "templates", "class_descriptions", "max_length", "class_names") if study else ())
         self.refuse(() if study == "length" else ("limits",))
         if self.overwrite and self.output is None:
             raise ValueError("--overwrite needs --output. Pass the file to write.")
@@ -145,7 +150,7 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     from ..evaluation.evaluate import evaluate, results_table, study, write_results
     from ..evaluation.studies import plot_length_study, plot_sentence_ablation
     from ..evaluation.tasks import RetrievalData
-    from ..evaluation.zero_shot import read_templates
+    from ..evaluation.zero_shot import read_class_descriptions, read_templates
     from ..plots import check_plot
 
     kind = STUDIES.get(config.task)
@@ -163,10 +168,12 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     own = {name: getattr(config, name) for name in ("max_length", "bootstrap") if getattr(config, name) is not None}
     if config.templates is not None:
         own["templates"] = read_templates(config.templates)
+    if config.class_descriptions is not None:
+        own["descriptions"] = read_class_descriptions(config.class_descriptions)
     of_data = {name: getattr(config, name) for name in DATA}
     of_data |= {"revision": config.data_revision, "config": config.data_config}
     data = load_benchmark(settings["benchmark"], config.data, **of_data)
-    config.refuse(("templates",) if isinstance(data, RetrievalData) else ("bootstrap",))
+    config.refuse(("templates", "class_descriptions") if isinstance(data, RetrievalData) else ("bootstrap",))
     encoder = config.load(config.revision)
     if kind is not None:
         results = study(encoder, data, kind, limits=config.limits, **settings)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from .segmentation import segmentation_metrics
 from .studies import length_study, sentence_ablation
 from .tables import RETRIEVAL, SEGMENTATION, metric_table, study_table, table
 from .tasks import ClassificationData, RetrievalData, SegmentationData
-from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
+from .zero_shot import DEFAULT_TEMPLATES, class_embeddings, class_texts
 
 LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "numpy")
 
@@ -29,7 +29,8 @@ def evaluate(
     *,
     benchmark: str | None = None,
     model_name: str | None = None,
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    templates: Sequence[str] | None = None,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
     max_length: int | None = None,
     bootstrap: int = 1000,
     cache: str | os.PathLike | None = None,
@@ -48,7 +49,10 @@ def evaluate(
         benchmark (`str`, *optional*): Name of the benchmark, such as `"iiw"`, which chooses the column of a report.
             Defaults to the name of `data`.
         model_name (`str`, *optional*): Name of the model in the results. Defaults to its folder or Hub id.
-        templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): Prompt templates for classes.
+        templates (`Sequence[str]`, *optional*): Prompt templates for classes. Defaults to none if there are
+            descriptions, and to `("a photo of a {}.",)` if not.
+        descriptions (`Mapping[str, Sequence[str]]`, *optional*): Texts of each class; see
+            [`~lotlip_hf.evaluation.zero_shot.class_embeddings`].
         max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
         bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples for the 95 % intervals of R@1; 0
             for no intervals.
@@ -85,6 +89,8 @@ def evaluate(
         raise ValueError(f"`bootstrap` is {bootstrap}. Pass 0 or more.")
     encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
+    if not isinstance(data, RetrievalData):
+        class_texts(data.class_names, templates, descriptions)
     fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     of_images = {
@@ -117,8 +123,14 @@ def evaluate(
             "bootstrap": bootstrap,
         }
     else:
-        class_embeds = class_embeddings(encoder, data.class_names, templates, **settings)
+        class_embeds = class_embeddings(encoder, data.class_names, templates, descriptions=descriptions, **settings)
+        if templates is None:
+            templates = DEFAULT_TEMPLATES if descriptions is None else ()
         protocol |= {"templates": list(templates)}
+        if descriptions is not None:
+            texts = json.dumps([list(descriptions[name]) for name in data.class_names])
+            digest = hashlib.blake2b(texts.encode(), digest_size=8).hexdigest()
+            protocol |= {"descriptions": f"{sum(map(len, descriptions.values()))} texts, {digest}"}
         if isinstance(data, SegmentationData):
             task, options = SEGMENTATION, {"batch_size": batch_size or 32, "progress": progress}
             metrics = segmentation_metrics(encoder, data, class_embeds, **options)

@@ -38,7 +38,7 @@ FLOORS = (
     ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
-    ("states", "dense", "prompts", "compose"),
+    ("states", "dense", "prompts", "compose", "image_tuning"),
     ("search", "grid", "embed"),
     ("shards",),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
