@@ -194,6 +194,8 @@ def image_tower(encoder: Encoder) -> tuple[nn.Module, Any]:
             f"The image tower of {encoder.name} takes no visual prompts. Use a checkpoint of transformers with a ViT, "
             "such as a LoTLIP, CLIP or SigLIP that is not exported."
         )
+    if getattr(tower.config, "image_token_centers", None) is not None:
+        raise ValueError("Visual prompts would be clustered like patches. Unset `image_token_centers` of the model.")
     return tower, backbone
 
 
