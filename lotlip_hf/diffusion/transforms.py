@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .text_encoder import LoTLIPResampler, pipeline_target_layer
+from .tokenizers import text_end
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -501,12 +502,12 @@ def _hook(
 
 def _read(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]], int]:
     """The text of token ids, the span of each token, and the index of the token that ends the text."""
-    if isinstance(tokenizer, CLIPTokenizer):  # may pad with a token of the vocabulary
-        end = ids.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in ids[1:] else len(ids)
-        special = set[Any]((tokenizer.bos_token_id,))
-    else:
-        end = max((index for index, one in enumerate(ids) if one != tokenizer.pad_token_id), default=0)
-        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    end = text_end(tokenizer, ids)
+    special = set[Any](
+        (tokenizer.bos_token_id,)  # of which "!" may be the padding
+        if isinstance(tokenizer, CLIPTokenizer)
+        else {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    )
     added = set(tokenizer.get_added_vocab().values())
     text, base, offsets, known = "", "", [(0, 0)] * len(ids), list[int]()
     for index, one in enumerate(ids[:end]):
