@@ -1,5 +1,6 @@
 """Transforms of prompt states: what each computes, and that a pipeline sees it for its prompts alone."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 from test_diffusion import bert, bert_tokenizer, inversion, lora_weights
 
 import tiny_diffusion
+from lotlip_hf.diffusion.ella import ELLA, connected
 from lotlip_hf.diffusion.swap import swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
 from lotlip_hf.diffusion.transforms import PromptTokens, direction, isolate, keep, merge, steer, suppress, transformed
@@ -307,3 +309,29 @@ def test_a_swapped_encoder() -> None:
     swap_text_encoder(pipe, resampler, tokenizer=bert_tokenizer())
     with pytest.raises(ValueError, match="resampler"), transformed(pipe, identity):
         pass
+
+
+@pytest.mark.slow
+def test_the_table_of_pipelines_is_true(repository: Path) -> None:
+    lines = (repository / "docs" / "diffusion.md").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| | Stable Diffusion 1.x |"))
+    states, pooled, ella = (
+        [cell.strip() for cell in line[2:-1].split("|")][1:] for line in lines[start + 2 : start + 5]
+    )
+    tower, tokenizer = bert(), bert_tokenizer()
+    for index, kind in enumerate(KINDS):
+        pipe = pipeline(kind)
+        plain = picture(pipe, PROMPT)
+
+        def moved(pipe: Any = pipe, **kwargs: Any) -> torch.Tensor:
+            with transformed(pipe, lambda states, prompt: states + torch.arange(states.shape[1]), **kwargs):
+                return picture(pipe, PROMPT)
+
+        assert same(moved(), plain) != states[index].startswith("yes"), kind
+        slot = "text_encoder_2" if kind == "sdxl" else "text_encoder"
+        before = plain if kind == "flux" else moved(slot=slot)
+        assert same(moved(slot=slot, pooled=True), before) != (pooled[index] == "yes"), kind
+        connector = ELLA(tiny_diffusion.WIDTH, tiny_diffusion.WIDTH, 1, 4, 4, 8, 8)
+        fits = contextlib.nullcontext() if ella[index] == "yes" else pytest.raises(ValueError, match="pipe")
+        with fits, connected(pipe, connector, tower, tokenizer, max_length=30):
+            assert not same(picture(pipe, PROMPT), plain), kind
