@@ -518,7 +518,7 @@ def learn_prompts(
     warm-up. The model does not change. Without `augment`, the image tower reads each image once.
 
     Args:
-        prompts ([`PromptedClasses`] or [`MixedPrompts`]): The prompts.
+        prompts (`PromptedClasses` or `MixedPrompts`): The prompts.
         images (`Sequence[ImageSource]` or `torch.Tensor`): N images, or without `augment` their normalised embeddings
             [N, P].
         labels (`Sequence[int]`): Index of the class of each image, [N].
