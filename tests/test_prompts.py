@@ -47,7 +47,7 @@ def encoder_of(kind: str, golden: Path, official_checkpoint: Path, folder: Path)
     return load_encoder(folder / "lotlip", device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def encoder(official_checkpoint: Path) -> Encoder:
     return load_encoder(official_checkpoint, device="cpu")
 
@@ -123,6 +123,7 @@ def test_only_the_vectors_learn(encoder: Encoder, data: ClassificationData) -> N
     log = learn_prompts(prompts, data.images, data.labels, **settings)
     assert log[-1]["loss"] < log[0]["loss"]
     assert model.training
+    model.eval()
     assert all(one.grad is None for one in model.parameters())
     assert (encoder.fingerprint("text"), encoder.fingerprint("image")) == before
     torch.manual_seed(0)
