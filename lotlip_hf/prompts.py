@@ -199,8 +199,8 @@ class PromptedClasses(_Prompts):
         num_context = settings["num_context"] = before + after
         if not 1 <= num_context <= encoder.max_text_length:
             raise ValueError(
-                f"`num_context` or `init` (--num-context, --init) gives {num_context} vectors. Use at least 1 and "
-                f"fewer than the {encoder.max_text_length} tokens of a text."
+                f"`num_context` or words (--num-context, --init, --groups) give {num_context} vectors. Use at least 1 "
+                f"and fewer than the {encoder.max_text_length} tokens of a text."
             )
         inputs, at = self._find(before, after)
         device = self.engine.model.device

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.evaluation.evaluate import evaluate
 from lotlip_hf.evaluation.tasks import ClassificationData
 from lotlip_hf.evaluation.zero_shot import class_embeddings
-from lotlip_hf.prompts import MixedPrompts, PromptedClasses, few_shots, learn_prompts, load_prompts
+from lotlip_hf.prompts import MixedPrompts, PromptedClasses, few_shots, learn_prompts, load_prompts, word_vectors
 from lotlip_hf.scenes.dataset import write_classification
 
 CLASSES = ["cat", "red car", "the dog and house"]
@@ -112,6 +113,17 @@ def assert_embedded(prompts: PromptedClasses, expected: torch.Tensor) -> None:
     with embeddings.register_forward_hook(lambda *given: read.append(given[-1])):
         prompts.class_embeddings()
     torch.testing.assert_close(read[0].detach(), expected[:, : read[0].shape[1]])
+
+
+def test_gradients_reach_the_vectors(golden: Path) -> None:
+    encoder = coop_encoder(load_file(golden / "terms" / "coop.safetensors"))
+    prompts = PromptedClasses(encoder, CLASSES[:1], 2, position="middle")
+
+    def features(vectors: torch.Tensor) -> torch.Tensor:
+        with word_vectors(prompts.engine.model, prompts.at, vectors):
+            return prompts.engine.model.get_text_features(**prompts.inputs).pooler_output
+
+    assert torch.autograd.gradcheck(features, torch.randn(2, 4, dtype=torch.float64, requires_grad=True))
 
 
 def test_only_the_vectors_learn(encoder: Encoder, data: ClassificationData) -> None:
@@ -318,6 +330,9 @@ def test_no_pickle_and_no_header_without_end(encoder: Encoder, tmp_path: Path) -
 def test_wrong_arguments(arguments: dict[str, Any], word: str, encoder: Encoder) -> None:
     with pytest.raises(ValueError, match=word):
         PromptedClasses(encoder, **{"class_names": CLASSES, **arguments})
+    exported: Any = SimpleNamespace(name="exported-folder")
+    with pytest.raises(ValueError, match="exported-folder.*--model"):
+        PromptedClasses(Encoder.from_engine(exported), CLASSES)
     with pytest.raises(ValueError, match="--top-k"):
         MixedPrompts(encoder, CLASSES, GROUPS, top_k=3)
     with pytest.raises(ValueError, match="--groups"):
