@@ -17,6 +17,7 @@ COMMANDS = (
     "train",
     "relabel",
     "curate",
+    "prompts",
     "evaluate",
     "report",
     "convert",
@@ -46,6 +47,9 @@ Write long captions for images:
 
 Choose records with balanced captions:
   lotlip curate --data "shards/*.tar" --metadata entries.txt --output ids.txt
+
+Learn prompts for your classes from a few pictures of each:
+  lotlip prompts --model checkpoint --data animals --output animals.safetensors
 
 Evaluate a model and compare results:
   lotlip evaluate --model checkpoint --task scenes --output results.json

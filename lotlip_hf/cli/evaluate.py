@@ -50,6 +50,9 @@ class EvaluationConfig(PatchOptions):
         None,
         metavar="FILE",
     )
+    prompts: str | None = option(
+        "File of `lotlip prompts`, in place of templates, for classification", None, metavar="FILE"
+    )
     bootstrap: int | None = option(
         "Samples for the intervals of R@1; 0 for no intervals (default: 1000)", None, at_least=0
     )
@@ -90,8 +93,14 @@ class EvaluationConfig(PatchOptions):
         if study is not None and self.benchmark is None:
             raise ValueError(f"--task {self.task} needs --benchmark. Pass a retrieval task, such as scenes.")
         self.refuse(() if study else ("benchmark", "plot"))
-        self.refuse(("bootstrap", "templates", "class_descriptions", "max_length", "class_names") if study else ())
+        self.refuse(
+            ("bootstrap", "templates", "class_descriptions", "prompts", "max_length", "class_names") if study else ()
+        )
         self.refuse(() if study == "length" else ("limits",))
+        if self.prompts is not None:
+            for name in ("templates", "class_descriptions", "max_length"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"Pass either --prompts or --{name.replace('_', '-')}.")
         if self.overwrite and self.output is None:
             raise ValueError("--overwrite needs --output. Pass the file to write.")
         if self.no_cache and self.cache is not None:
@@ -149,9 +158,10 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     from ..evaluation.benchmarks.registry import load_benchmark
     from ..evaluation.evaluate import evaluate, results_table, study, write_results
     from ..evaluation.studies import plot_length_study, plot_sentence_ablation
-    from ..evaluation.tasks import RetrievalData
+    from ..evaluation.tasks import ClassificationData, RetrievalData
     from ..evaluation.zero_shot import read_class_descriptions, read_templates
     from ..plots import check_plot
+    from ..prompts import load_prompts
 
     kind = STUDIES.get(config.task)
     if config.output is not None:
@@ -174,7 +184,10 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     of_data |= {"revision": config.data_revision, "config": config.data_config}
     data = load_benchmark(settings["benchmark"], config.data, **of_data)
     config.refuse(("templates", "class_descriptions") if isinstance(data, RetrievalData) else ("bootstrap",))
+    config.refuse(() if isinstance(data, ClassificationData) else ("prompts",))
     encoder = config.load(config.revision)
+    if config.prompts is not None:
+        own["prompts"] = load_prompts(config.prompts, encoder)
     if kind is not None:
         results = study(encoder, data, kind, limits=config.limits, **settings)
     else:

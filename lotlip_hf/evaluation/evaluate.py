@@ -7,11 +7,15 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..encoder import Encoder
 from ..files import printable, replacing
+from ..prompts import MixedPrompts, PromptedClasses
 from .embeddings import embed_images, embed_texts, image_digests
 from .retrieval import accuracies, retrieval_metrics, telling_metrics
 from .segmentation import segmentation_metrics
@@ -31,6 +35,7 @@ def evaluate(
     model_name: str | None = None,
     templates: Sequence[str] | None = None,
     descriptions: Mapping[str, Sequence[str]] | None = None,
+    prompts: PromptedClasses | MixedPrompts | None = None,
     max_length: int | None = None,
     bootstrap: int = 1000,
     cache: str | os.PathLike | None = None,
@@ -53,6 +58,8 @@ def evaluate(
             descriptions, and to `("a photo of a {}.",)` if not.
         descriptions (`Mapping[str, Sequence[str]]`, *optional*): Texts of each class; see
             [`~lotlip_hf.evaluation.zero_shot.class_embeddings`].
+        prompts (`PromptedClasses` or `MixedPrompts`, *optional*): Learnt prompts of the classes, in place of
+            templates, for classification. See [`~lotlip_hf.prompts.load_prompts`].
         max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
         bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples for the 95 % intervals of R@1; 0
             for no intervals.
@@ -89,7 +96,9 @@ def evaluate(
         raise ValueError(f"`bootstrap` is {bootstrap}. Pass 0 or more.")
     encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
-    if not isinstance(data, RetrievalData):
+    if prompts is not None:
+        _check_prompts(prompts, data)
+    elif not isinstance(data, RetrievalData):
         class_texts(data.class_names, templates, descriptions)
     fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
@@ -122,6 +131,12 @@ def evaluate(
             "search": "exact",
             "bootstrap": bootstrap,
         }
+    elif prompts is not None:
+        task = "zero-shot-image-classification"
+        image_embeds = embed_images(encoder, data.images, **of_images)
+        with torch.no_grad():
+            metrics = accuracies(prompts(image_embeds), data.labels)
+        protocol |= {"prompts": prompts.describe()}
     else:
         class_embeds = class_embeddings(encoder, data.class_names, templates, descriptions=descriptions, **settings)
         if templates is None:
@@ -196,6 +211,21 @@ def _check(data: RetrievalData | ClassificationData | SegmentationData) -> None:
         name, indices, count, number = "labels", data.labels, len(data.images), len(data.class_names)
     if len(indices) != count or not all(0 <= int(index) < number for index in indices):
         raise ValueError(f"`data.{name}` is invalid. Pass {count} indices from 0 to {number - 1}.")
+
+
+def _check_prompts(
+    prompts: PromptedClasses | MixedPrompts, data: RetrievalData | ClassificationData | SegmentationData
+) -> None:
+    """Raises a `ValueError` if learnt prompts do not have the classes of the data."""
+    if not isinstance(data, ClassificationData):
+        raise ValueError(f"`prompts` (--prompts) are for classification, but {data.name} is another task.")
+    if (own := prompts.class_names) != (names := list(data.class_names)):
+        pairs = zip_longest(own, names)
+        index, (one, other) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"`prompts` (--prompts) were learnt for {len(own)} classes, and {data.name} has {len(names)}. Class "
+            f"{index} is {one!r} in the prompts and {other!r} in the data. Pass prompts of the same classes, in order."
+        )
 
 
 def _fingerprints(encoder: Encoder) -> dict[str, str]:

@@ -23,7 +23,7 @@ from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 from datasets import Dataset, Features, Image, List, Value
@@ -645,3 +645,32 @@ def write_segmentation(folder: str | Path, num_scenes: int = 500, split: str = "
         render(one, image_size).save(folder / "images" / f"{index:05}.png")
         segments(one, image_size).save(folder / "masks" / f"{index:05}.png")
     (folder / "classes.txt").write_text("".join(f"{colour} shape\n" for colour in COLOURS), encoding="utf-8")
+
+
+def write_classification(
+    folder: str | Path,
+    num_scenes: int = 500,
+    split: str = "test",
+    image_size: int = 64,
+    attribute: Literal["shape", "colour"] = "shape",
+) -> None:
+    """
+    Writes scenes as a folder for `lotlip evaluate --task classification`: a folder of images for each class, which is
+    the shape (`circle`) or the colour (`red_shape`) of the large object.
+
+    Args:
+        folder (`str` or `Path`): The folder. Existing files are overwritten.
+        num_scenes (`int`, *optional*, defaults to 500): Number of scenes.
+        split (`str`, *optional*, defaults to `"test"`): Split of the scenes.
+        image_size (`int`, *optional*, defaults to 64): Width and height in pixels.
+        attribute (`str`, *optional*, defaults to `"shape"`): What the classes are: `"shape"` or `"colour"`.
+    """
+    names = (
+        {colour: f"{colour}_shape" for colour in COLOURS} if attribute == "colour" else {one: one for one in SHAPES}
+    )
+    for name in names.values():
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+    for index in range(num_scenes):
+        one = scene(index, split=split)
+        name = names[getattr(one.objects[0], attribute)]
+        render(one, image_size).save(Path(folder) / name / f"{index:05}.png")

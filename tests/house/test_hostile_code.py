@@ -284,6 +284,7 @@ COMMANDS = {
     "demo": "demo --model {evil} --images {pictures}",
     "embed": "embed --model {evil} --images {pictures} --output {out}",
     "evaluate": "evaluate --model {evil} --task scenes --num-images 2",
+    "prompts": "prompts --model {evil} --data {classes} --output {out}",
     "push": "push {evil} --repo-id ada/evil --dry-run {out}",
     "train": "train --model {evil} --data scenes --output {out}",
     "train, text": "train --text-model {evil} --image-model {good} --data scenes --output {out}",
@@ -312,9 +313,11 @@ def words(
     golden: Path, official_checkpoint: Path, pictures: Path, marker: Path, tmp_path: Path
 ) -> Callable[[str], list[str]]:
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    shutil.copytree(pictures, tmp_path / "classes" / "cat")
     BertModel(tiny.text_config().backbone_config).save_pretrained(tmp_path / "bert")
     places = {
         "bert": tmp_path / "bert",
+        "classes": tmp_path / "classes",
         "evil": with_code(tmp_path / "evil", marker),
         "good": official_checkpoint,
         "official": golden / "official-corners2",
