@@ -53,22 +53,3 @@ def test_the_stages(method: str, tmp_path: Path) -> None:
         towers = {"vision": "images", "text": "texts"}
         for tower, own in towers.items():
             assert any(name.startswith(f"{tower}_model") for name in changed) == (stage in (own, "both"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["2sft", "mcip"])
-def test_images_find_their_class_and_texts_their_images(method: str, trained_on_scenes: Path, tmp_path: Path) -> None:
-    """
-    Of new classes. Images: 0.49 at the start, 0.57 after both stages of 2SFT, and 0.56 after MCIP. Texts: 0.67 at the
-    start, 0.46 after the first stage and 0.58 after the second one, and 0.67 after MCIP.
-    """
-    data = write_records(tmp_path / "pictures", 2000)
-    argv = ["--model", str(trained_on_scenes), "--data", str(data), "--output", str(tmp_path / "finetuned")]
-    rates = {"2sft": ("5e-5", "3"), "mcip": ("1e-4", "2")}[method]
-    argv += ["--method", method, "--learning-rate", rates[0], "--num-epochs", rates[1]]
-    report = load_script("examples/finetune_for_retrieval.py").main([*argv, "--scale", "16", "--margin", "0.2"])
-    start, first, last = report["start"], [*report.values()][1], [*report.values()][-1]
-    assert last["image_to_image_r1"] > start["image_to_image_r1"] + 0.03
-    assert last["text_to_image_r1"] > start["text_to_image_r1"] - 0.15
-    if method == "2sft":
-        assert last["text_to_image_r1"] > first["text_to_image_r1"] + 0.05
