@@ -11,16 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertTokenizer,
-    SiglipConfig,
-    SiglipModel,
-    SiglipProcessor,
-    SiglipTextConfig,
-    SiglipVisionConfig,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import ViTConfig, ViTModel
 
 import tiny_clip
 from lotlip_hf import Encoder, LoTLIPModel, from_backbones, load_encoder
@@ -33,7 +24,7 @@ from lotlip_hf.image_tuning import (
     visual_prompts,
 )
 from lotlip_hf.images import official_image_processor
-from lotlip_hf.scenes.dataset import COLOURS, SHAPES, render, scene
+from lotlip_hf.scenes.dataset import COLOURS, SHAPES, render, scene, write_classification
 from scripts import load_script
 
 CLASSES = {"cat": ["A cat has ears. It has whiskers."], "dog": ["A dog barks.", "an animal"], "house": ["a roof"]}
@@ -54,14 +45,8 @@ def checkpoint(
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "clip":
         tiny_clip.save_clip(folder)
-        return folder
-    torch.manual_seed(0)
-    text = SiglipTextConfig(**tiny_clip.SIZE, vocab_size=30522, max_position_embeddings=20, pad_token_id=0)
-    vision = SiglipVisionConfig(**tiny_clip.SIZE, **tiny_clip.IMAGE_SIZE)
-    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-    tokenizer = BertTokenizer.from_pretrained(golden / "tokenizer", model_max_length=20)
-    tokenizer.model_input_names = ["input_ids"]
-    SiglipProcessor(tiny_clip.image_processor(), tokenizer).save_pretrained(folder)
+    else:
+        tiny_clip.save_siglip(folder, golden / "tokenizer")
     return folder
 
 
@@ -291,11 +276,7 @@ def test_the_tower_follows_its_mlp_on_scenes(example: ModuleType, trained_on_sce
     (tmp_path / "photos").mkdir()
     for number in range(1500):
         render(scene(number)).save(tmp_path / "photos" / f"{number}.png")
-    for number in range(400):
-        one = scene(number, split="test")
-        folder = tmp_path / "test" / f"{one.objects[0].colour}_shape"
-        folder.mkdir(parents=True, exist_ok=True)
-        render(one).save(folder / f"{number}.png")
+    write_classification(tmp_path / "test", 400, attribute="colour")
     forms = ("a picture of a large {} {}", "there is a huge {} {}", "A big {} {} is the largest shape.")
     texts = {
         f"{colour} shape": [form.format(colour, shape) for form in forms for shape in SHAPES] for colour in COLOURS
