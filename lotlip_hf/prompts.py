@@ -145,7 +145,7 @@ class _Prompts(nn.Module):
             "class_names": self.class_names,
             "settings": self.settings,
             "model": self.encoder.name,
-            "fingerprint": _fingerprint(self.encoder),
+            "fingerprint": self.encoder.fingerprints(),
         }
         write_tensors(file, self.state_dict(), {name: json.dumps(value) for name, value in metadata.items()})
 
@@ -428,7 +428,7 @@ def load_prompts(file: str | os.PathLike, encoder: Encoder) -> PromptedClasses |
                 raise ValueError(f"its vectors are {list(tensors['vectors'].shape)}")
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(file, f"not learnt prompts ({printable(error)})") from error
-    if fingerprint != _fingerprint(encoder):
+    if fingerprint != encoder.fingerprints():
         raise ValueError(
             f"{printable(os.fspath(file))} (--prompts) was learnt with {printable(model)}, but {encoder.name} has "
             "other weights, dtype or processor. Pass that model, or run `lotlip prompts` with this one."
@@ -452,10 +452,6 @@ def _checked(settings: Any, types: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(group, list) or not all(isinstance(template, str) for template in group):
             raise ValueError(f"`groups` has {group!r:.200}")
     return settings
-
-
-def _fingerprint(encoder: Encoder) -> dict[str, str]:
-    return {"image": encoder.fingerprint("image"), "text": encoder.fingerprint("text")}
 
 
 class FewShots(NamedTuple):
