@@ -5,21 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import nn
 from torch.nn import functional as F
 
 from .encoder import Encoder, warn_of_cut_texts
 from .engines.torch import TorchEngine, evaluating
-from .files import FileError, printable, read_regular, replacing
-from .modeling.modeling_lotlip import LoTLIPModel
-from .prompts import word_vectors
+from .files import FileError, read_tensors, write_tensors
+from .prompts import find_words, word_vectors
 
 FILE = "composer.safetensors"
 PROMPT, CHANGE = "a photo of {}", " that {}"
-# A word of one token in any vocabulary. The tokens of the prompt that differ between both are those of the word.
-WORD, OTHER_WORD = "x", "y"
 
 
 class Composer(nn.Module):
@@ -97,9 +92,7 @@ class Composer(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `composer.safetensors` in the folder of a model."""
-        weights = {name: weight.detach().float().cpu().contiguous() for name, weight in self.state_dict().items()}
-        with replacing(Path(folder) / FILE) as file:
-            file.write(save(weights))
+        write_tensors(Path(folder) / FILE, {name: weight.float() for name, weight in self.state_dict().items()})
 
 
 def torch_engine(encoder: Encoder) -> TorchEngine:
@@ -137,10 +130,7 @@ def load_composer(folder: str | Path, encoder: Encoder) -> Composer | None:
     if not path.exists():
         return None
     engine = torch_engine(encoder)
-    try:
-        weights = load(read_regular(path))
-    except (SafetensorError, KeyError, RuntimeError) as error:  # the latter two for an unknown type of weights
-        raise FileError(path, f"not a file of safetensors ({printable(error)})") from error
+    weights, _ = read_tensors(path)
     words = engine.model.text_model.get_input_embeddings().embedding_dim
     hidden = weights.get("layers.0.bias", torch.empty(0)).numel()
     with torch.device("meta"):
@@ -183,19 +173,18 @@ def composed_features(
     >>> embeddings, cut = composed_features(encoder.engine, composer(images), ["is asleep"])
     ```
     """
-    texts = [
-        PROMPT.format(word) + ("" if change is None else CHANGE.format(change))
-        for word in (WORD, OTHER_WORD)
-        for change in changes
-    ]
-    tokens, was_cut = engine.tokenize(texts, engine.max_text_length)
-    inputs = engine.on_device(engine.pad(tokens))
-    at = torch.ne(*inputs["input_ids"].chunk(2))
-    if not (at.sum(1) == 1).all():
-        raise ValueError(f"{engine.name}: its tokenizer has no token for {WORD!r}, the position of the image's word.")
-    inputs = {name: values[: len(changes)] for name, values in inputs.items()}
+    ends = ["" if change is None else CHANGE.format(change) for change in changes]
+    cut = 0
+
+    def tokens_of(word: str) -> dict[str, list[list[int]]]:
+        nonlocal cut
+        tokens, was_cut = engine.tokenize([PROMPT.format(word) + end for end in ends], engine.max_text_length)
+        cut = sum(was_cut)
+        return tokens
+
+    inputs, at = find_words(engine, tokens_of, 1)
     with word_vectors(engine.model, at, words):
-        return _embedded(engine, inputs), sum(was_cut[: len(changes)])
+        return engine.text_embeds(inputs), cut
 
 
 def text_features(engine: TorchEngine, texts: Sequence[str]) -> torch.Tensor:
@@ -219,15 +208,8 @@ def text_features(engine: TorchEngine, texts: Sequence[str]) -> torch.Tensor:
     True
     ```
     """
-    return _embedded(engine, engine.on_device(engine.pad(engine.tokenize([*texts], engine.max_text_length)[0])))
-
-
-def _embedded(engine: TorchEngine, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Embeddings [B, P] of texts, normalised, in float32."""
-    options = {"pooled_only": True} if isinstance(engine.model, LoTLIPModel) else {}
-    output = engine.model.get_text_features(**inputs, **options)
-    features = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1)
+    tokens, _ = engine.tokenize([*texts], engine.max_text_length)
+    return engine.text_embeds(engine.on_device(engine.pad(tokens)))
 
 
 def contrastive_loss(queries: torch.Tensor, targets: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:

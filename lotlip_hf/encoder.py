@@ -427,6 +427,10 @@ class Encoder:
             digest.update(content)
         return digest.hexdigest()
 
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the fingerprints of images and of texts, by modality."""
+        return {"image": self.fingerprint("image"), "text": self.fingerprint("text")}
+
     def pooled_dim(self, modality: Modality) -> int:
         """
         Returns the number of dimensions of the pooled states of a LoTLIP's tower, before its projection.

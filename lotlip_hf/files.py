@@ -9,11 +9,14 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +253,42 @@ def parse_json(data: str | bytes) -> Any:
         return json.loads(data)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_tensors(path: str | os.PathLike, limit: int = MAX_BYTES) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """
+    Reads a safetensors file from an untrusted source.
+
+    Args:
+        path (`str` or `os.PathLike`): File.
+        limit (`int`, *optional*, defaults to 256 MiB): Maximum size in bytes.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, str]]`: The tensors on the CPU, and the texts beside them.
+
+    Raises:
+        `OSError`: If the file cannot be read.
+        `FileError`: If the file is larger than `limit` or not such a file.
+    """
+    from safetensors.torch import load  # imports torch
+
+    content = read_regular(path, limit)
+    try:
+        tensors = load(content)
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # those of torch for unknown types
+        raise FileError(path, f"not a file of safetensors ({printable(error)})") from error
+    return tensors, header.get("__metadata__") or {}
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
+    """Writes tensors, and texts beside them, to a safetensors file, atomically."""
+    from safetensors.torch import save
+
+    with replacing(Path(path)) as file:
+        file.write(save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, metadata))
 
 
 @contextlib.contextmanager

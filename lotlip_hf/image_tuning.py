@@ -5,17 +5,14 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .encoder import Encoder
 from .engines.torch import TorchEngine
-from .files import FileError, parse_json, printable, read_regular, replacing
+from .files import FileError, parse_json, printable, read_tensors, write_tensors
 from .modeling.backbones_lotlip import VISION_BACKBONES, NaFlexBackbone
 
 MAX_TUNING_BYTES = 1 << 27
@@ -85,8 +82,7 @@ class ImageTuning:
         tensors = {"classes": self.classes, "prompts": self.prompts}
         tensors |= {f"{NORM}{name}": value for name, value in self.norms.items()}
         metadata = {"class_names": json.dumps(self.class_names), "model": encoder.fingerprint("image")}
-        with replacing(Path(file)) as output:
-            output.write(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata))
+        write_tensors(file, tensors, metadata)
 
 
 def load_tuning(file: str | os.PathLike, encoder: Encoder) -> ImageTuning:
@@ -105,15 +101,14 @@ def load_tuning(file: str | os.PathLike, encoder: Encoder) -> ImageTuning:
         `ValueError`: If the file is damaged, larger than 128 MiB or of another model, or if the image tower takes no
             visual prompts.
     """
-    content = read_regular(file, MAX_TUNING_BYTES)
+    tensors, metadata = read_tensors(file, MAX_TUNING_BYTES)
     shapes = {name: parameter.shape for name, parameter in norm_parameters(encoder).items()}
     try:
-        tensors = {name: value.float() for name, value in load(content).items()}
-        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        class_names, model = parse_json(header["__metadata__"]["class_names"]), header["__metadata__"]["model"]
+        tensors = {name: value.float() for name, value in tensors.items()}
+        class_names, model = parse_json(metadata["class_names"]), metadata["model"]
         classes, prompts = tensors.pop("classes"), tensors.pop("prompts")
         norms = {name.removeprefix(NORM): value for name, value in tensors.items()}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise FileError(file, f"not a tuning of an image tower ({printable(error)})") from error
     if model != encoder.fingerprint("image"):
         raise ValueError(

@@ -6,24 +6,21 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data.augment import Augment, crop_size, load_augmented
 from .encoder import Encoder
 from .engines.torch import TorchEngine, evaluating
-from .files import FileError, parse_json, printable, read_regular, replacing
+from .files import FileError, parse_json, printable, read_tensors, write_tensors
 from .images import ImageSource
-from .modeling.modeling_lotlip import LoTLIPModel
 from .terminal import progress_bar
 
 Position = Literal["end", "middle", "front"]
@@ -35,8 +32,7 @@ DEVIATION = 0.02  # of random vectors, as in CoOp
 # SGD of CoOp (configs/trainers/CoOp and Dassl): momentum, weight decay, and the rate of the first epoch
 MOMENTUM, WEIGHT_DECAY, WARMUP_RATE = 0.9, 5e-4, 1e-5
 EPOCHS = ((8, 200), (2, 100), (1, 50))  # from this number of pictures a class
-# Limits of a file: bytes of names and settings, and classes times groups
-MAX_HEADER, MAX_PROMPTS = 1 << 24, 1 << 20
+MAX_PROMPTS = 1 << 20  # classes times groups of a file
 # Settings in a file, which are arguments of the classes
 SETTINGS = {"class_specific": bool, "init": str | None, "position": str, "num_context": int}
 MIXED_SETTINGS = {"groups": list, "top_k": int}
@@ -78,6 +74,27 @@ def word_vectors(model: Any, at: torch.Tensor, vectors: torch.Tensor) -> Iterato
         yield
     finally:
         handle.remove()
+
+
+def find_words(
+    engine: TorchEngine, tokens_of: Callable[[str], dict[str, list[list[int]]]], number: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """
+    Returns the padded tokens [N, L] of N texts, and the bool mask [N, L] of a word that is `number` times in each: the
+    tokens that differ if the word is another. `tokens_of` returns the unpadded tokens for a word. Raises a
+    `ValueError` if the tokenizer splits the words.
+    """
+    for pair in PLACEHOLDERS:
+        one, other = map(tokens_of, pair)
+        if [len(ids) for ids in one["input_ids"]] != [len(ids) for ids in other["input_ids"]]:
+            continue
+        inputs, others = (engine.on_device(engine.pad(tokens)) for tokens in (one, other))
+        at = inputs["input_ids"] != others["input_ids"]
+        if (at.sum(1) == number).all():
+            return inputs, at
+    raise ValueError(
+        f"The tokenizer of {engine.name} splits the words {PLACEHOLDERS}, so that vectors have no position."
+    )
 
 
 class _Prompts(nn.Module):
@@ -128,11 +145,9 @@ class _Prompts(nn.Module):
             "class_names": self.class_names,
             "settings": self.settings,
             "model": self.encoder.name,
-            "fingerprint": _fingerprint(self.encoder),
+            "fingerprint": self.encoder.fingerprints(),
         }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(Path(file)) as output:
-            output.write(save(tensors, {name: json.dumps(value) for name, value in metadata.items()}))
+        write_tensors(file, self.state_dict(), {name: json.dumps(value) for name, value in metadata.items()})
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings and a digest of the weights, for the protocol of an evaluation."""
@@ -202,16 +217,15 @@ class PromptedClasses(_Prompts):
                 f"`num_context` or words (--num-context, --init, --groups) give {num_context} vectors. Use at least 1 "
                 f"and fewer than the {encoder.max_text_length} tokens of a text."
             )
-        inputs, at = self._find(before, after)
+        self.inputs, self.at = self._find(before, after)
         device = self.engine.model.device
-        self.inputs, self.at = self.engine.on_device(inputs), torch.from_numpy(at).to(device)
         embedding = self.engine.model.text_model.get_input_embeddings()
         if init is None:
             count = len(self.class_names) if class_specific else 1
             vectors = torch.randn(count, num_context, embedding.embedding_dim) * DEVIATION
         else:  # the words in front of the name, whatever the position
             ids = self._tokenize([f"{words} {self.class_names[0]}."])["input_ids"][0]
-            start = self._find(num_context, 0)[1][0].nonzero()[0]
+            start = self._find(num_context, 0)[1][0].nonzero()[:, 0]
             with torch.no_grad():
                 vectors = embedding(torch.tensor(ids, device=device))[start].float().cpu()
             vectors = vectors.expand(len(self.class_names) if class_specific else 1, -1, -1)
@@ -227,16 +241,14 @@ class PromptedClasses(_Prompts):
         model, vectors = self.engine.model, self.vectors
         if not self.settings["class_specific"]:
             vectors = vectors.expand(len(self.class_names), -1, -1)
-        options = {"pooled_only": True} if isinstance(model, LoTLIPModel) else {}
-        features = []
+        embeds = []
         with evaluating(model), torch.set_grad_enabled(self.vectors.requires_grad and torch.is_grad_enabled()):
             for start in range(0, len(vectors), TEXT_CHUNK):
                 chunk = slice(start, start + TEXT_CHUNK)
                 inputs = {name: values[chunk] for name, values in self.inputs.items()}
                 with word_vectors(model, self.at[chunk], vectors[chunk].flatten(0, 1)):
-                    output = model.get_text_features(**inputs, **options)
-                features.append(output if isinstance(output, Tensor) else output.pooler_output)
-        return F.normalize(torch.cat(features).float(), dim=-1)
+                    embeds.append(self.engine.text_embeds(inputs))
+        return torch.cat(embeds)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """
@@ -267,24 +279,15 @@ class PromptedClasses(_Prompts):
         with_words, without = self._tokenize([f"{words} {name}.".strip(), f"{name}."])["input_ids"]
         return len(with_words) - len(without)
 
-    def _find(self, before: int, after: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _find(self, before: int, after: int) -> tuple[dict[str, Tensor], Tensor]:
         """Padded tokens of the prompts, each [C, L], and the bool mask of the tokens that vectors replace."""
-        for pair in PLACEHOLDERS:
-            one, other = (
-                self._tokenize(
-                    [" ".join([*before * [word], name, *after * [word]]) + "." for name in self.class_names]
-                )
-                for word in pair
+
+        def tokens_of(word: str) -> dict[str, list[list[int]]]:
+            return self._tokenize(
+                [" ".join([*before * [word], name, *after * [word]]) + "." for name in self.class_names]
             )
-            if [len(ids) for ids in one["input_ids"]] != [len(ids) for ids in other["input_ids"]]:
-                continue
-            padded = self.engine.pad(one)
-            at = padded["input_ids"] != self.engine.pad(other)["input_ids"]
-            if (at.sum(1) == before + after).all():
-                return padded, at
-        raise ValueError(
-            f"The tokenizer of {self.encoder.name} splits the words {PLACEHOLDERS}, so that vectors have no position."
-        )
+
+        return find_words(self.engine, tokens_of, before + after)
 
 
 class MixedPrompts(_Prompts):
@@ -405,13 +408,8 @@ def load_prompts(file: str | os.PathLike, encoder: Encoder) -> PromptedClasses |
     ['cat', 'dog']
     ```
     """
-    content = read_regular(file)
-    length = int.from_bytes(content[:8], "little")
+    tensors, metadata = read_tensors(file)
     try:
-        if length > MAX_HEADER:
-            raise ValueError("its header is too large")
-        tensors = load(content)
-        metadata = parse_json(content[8 : 8 + length])["__metadata__"]
         names, settings, model, fingerprint = (
             parse_json(metadata[name]) for name in ("class_names", "settings", "model", "fingerprint")
         )
@@ -428,9 +426,9 @@ def load_prompts(file: str | os.PathLike, encoder: Encoder) -> PromptedClasses |
             shape = (len(names), num_context) if arguments["class_specific"] else (num_context,)
             if tensors["vectors"].shape[:-1] != shape:
                 raise ValueError(f"its vectors are {list(tensors['vectors'].shape)}")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FileError(file, f"not learnt prompts ({printable(error)})") from error
-    if fingerprint != _fingerprint(encoder):
+    if fingerprint != encoder.fingerprints():
         raise ValueError(
             f"{printable(os.fspath(file))} (--prompts) was learnt with {printable(model)}, but {encoder.name} has "
             "other weights, dtype or processor. Pass that model, or run `lotlip prompts` with this one."
@@ -454,10 +452,6 @@ def _checked(settings: Any, types: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(group, list) or not all(isinstance(template, str) for template in group):
             raise ValueError(f"`groups` has {group!r:.200}")
     return settings
-
-
-def _fingerprint(encoder: Encoder) -> dict[str, str]:
-    return {"image": encoder.fingerprint("image"), "text": encoder.fingerprint("text")}
 
 
 class FewShots(NamedTuple):

@@ -7,11 +7,9 @@ from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from .files import FileError, inside, parse_json, printable, read_regular
+from .files import FileError, inside, parse_json, printable, read_regular, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +141,9 @@ def _read_dense(source: str, folders: list[str]) -> tuple[Tensor | None, list[st
             left_out.append(f"{folder} ({activation}) is not linear without bias")
             continue
         try:
-            weight = load(read_regular(path))["linear.weight"].float()
+            weight = read_tensors(path)[0]["linear.weight"].float()
             product = weight if product is None else weight @ product
-        except (SafetensorError, KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError) as error:
             raise FileError(path, f"not the weights of a dense layer ({printable(error)})") from error
         if not product.isfinite().all():
             raise FileError(path, "the weights of the dense layer are not finite")

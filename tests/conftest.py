@@ -86,6 +86,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A test as in a process of its own: accelerate keeps its state for all tests of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def _logging() -> Iterator[None]:
     """Each test leaves the settings of logging as they were: a later test may wait for a warning."""

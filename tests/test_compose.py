@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertTokenizer, SiglipConfig, SiglipModel
 
 import tiny_clip
 from lotlip_hf import Encoder, load_encoder
@@ -43,18 +42,11 @@ def test_the_loss_is_rtds(golden: Path) -> None:
 
 @pytest.fixture(scope="module")
 def encoders(official_checkpoint: Path, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_clip.save_clip(folder)
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    text = {**size, "vocab_size": 30522, "max_position_embeddings": 24, "pad_token_id": 0}
-    siglip = SiglipModel(SiglipConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16}))
-    tokenizer = BertTokenizer.from_pretrained(golden / "tokenizer", model_max_length=24)
-    tokenizer.model_input_names = ["input_ids"]
-    return {
-        "lotlip": load_encoder(official_checkpoint, device="cpu"),
-        "clip": load_encoder(folder, device="cpu"),
-        "siglip": Encoder(siglip.eval(), tokenizer),
-    }
+    folder = tmp_path_factory.mktemp("models")
+    tiny_clip.save_clip(folder / "clip")
+    tiny_clip.save_siglip(folder / "siglip", golden / "tokenizer")
+    paths = {"lotlip": official_checkpoint, "clip": folder / "clip", "siglip": folder / "siglip"}
+    return {name: load_encoder(path, device="cpu") for name, path in paths.items()}
 
 
 @pytest.mark.parametrize("family", ["lotlip", "clip", "siglip"])

@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import BertTokenizer, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
-import tiny
 import tiny_clip
 from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.cli import main
@@ -34,11 +32,8 @@ def encoder_of(kind: str, golden: Path, official_checkpoint: Path, folder: Path)
     if kind == "lotlip":
         return load_encoder(official_checkpoint, device="cpu")
     if kind == "siglip":
-        tokenizer = BertTokenizer.from_pretrained(golden / "tokenizer", model_max_length=24)
-        tokenizer.model_input_names = ["input_ids"]
-        sizes = {**tiny.SIZE, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": 0}
-        text, vision = SiglipTextConfig(**sizes), SiglipVisionConfig(**tiny.IMAGE_SIZE)
-        return Encoder(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval(), tokenizer)
+        tiny_clip.save_siglip(folder, golden / "tokenizer")
+        return load_encoder(folder, device="cpu")
     tiny_clip.save_clip(folder / "clip")
     if kind == "clip":
         return load_encoder(folder / "clip", device="cpu")

@@ -1,4 +1,4 @@
-"""Tiny CLIP checkpoints of stock transformers classes with real tokenizers, shared by the tests."""
+"""Tiny CLIP and SigLIP checkpoints of stock transformers classes with real tokenizers, shared by the tests."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    BertTokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -15,6 +16,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -120,6 +124,16 @@ def save_clip(
     else:
         tokenizer.save_pretrained(folder)
     return model
+
+
+def save_siglip(folder: str | Path, tokenizer: str | Path) -> None:
+    """Writes a checkpoint folder of a SigLIP with BERT's tokenizer of another folder, for texts of 24 tokens."""
+    torch.manual_seed(0)
+    bert = BertTokenizer.from_pretrained(tokenizer, model_max_length=24)
+    bert.model_input_names = ["input_ids"]
+    text = {**SIZE, "vocab_size": len(bert), "max_position_embeddings": 24, "pad_token_id": 0}
+    SiglipModel(SiglipConfig(text_config=text, vision_config={**SIZE, **IMAGE_SIZE})).save_pretrained(folder)
+    SiglipProcessor(image_processor(), bert).save_pretrained(folder)
 
 
 def texts(count: int = 8, longest: int = 100) -> list[str]:

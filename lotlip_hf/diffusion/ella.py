@@ -5,18 +5,15 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import replacing
+from ..files import read_tensors, write_tensors
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .text_encoder import LoTLIPTextEncoder
@@ -25,6 +22,7 @@ from .tokenizers import prompt_tokenizer, text_end
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+MAX_BYTES = 1 << 32  # of a file
 # Names of modules and parameters are those of the authors' weights.
 
 
@@ -154,9 +152,7 @@ def save_ella(ella: ELLA, file: str | os.PathLike) -> None:
         ella (`ELLA`): The connector.
         file (`str` or `os.PathLike`): File, such as `ella.safetensors`. An existing file is replaced.
     """
-    weights = {name: one.detach().cpu().contiguous() for name, one in ella.state_dict().items()}
-    with replacing(Path(file)) as opened:
-        opened.write(save(weights, {"num_heads": str(ella.num_heads)}))
+    write_tensors(file, ella.state_dict(), {"num_heads": str(ella.num_heads)})
 
 
 def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
@@ -171,7 +167,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
         `ELLA`: The connector, in the type of the weights and in evaluation mode.
 
     Raises:
-        `ValueError`: If the file is not a connector.
+        `ValueError`: If the file is not a connector, or larger than 4 GiB.
         `OSError`: If there is no such file.
 
     Example:
@@ -184,10 +180,9 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
     32
     ```
     """
+    weights, metadata = read_tensors(file, MAX_BYTES)
     try:
-        with safe_open(os.fspath(file), framework="pt") as opened:
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}
-            num_heads = num_heads or int((opened.metadata() or {}).get("num_heads", 8))
+        num_heads = num_heads or int(metadata.get("num_heads", 8))
         width, text_width = weights["connector.proj_in.weight"].shape
         time_width, time_channels = weights["time_embedding.linear_1.weight"].shape
         with torch.device("meta"):
@@ -201,7 +196,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
                 time_width=time_width,
             )
         ella.load_state_dict(weights, assign=True)
-    except (AssertionError, KeyError, RuntimeError, SafetensorError, ValueError) as error:
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file} is no connector of ELLA ({error}). Pass a file of `save_ella`.") from error
     return ella.eval()
 

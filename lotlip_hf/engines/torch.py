@@ -149,11 +149,19 @@ class TorchEngine(ProcessorInputs):
 
     def _run(self, function: Any, inputs: Mapping[str, np.ndarray]) -> torch.Tensor:
         """Runs in evaluation and inference mode. Returns [B, ...] in float32 on the device."""
+        with evaluating(self.model), torch.inference_mode():
+            return self._pooled(function, self.on_device(inputs))
+
+    def text_embeds(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embeddings [B, P] of tokens on the device of the model, normalised, in float32, with gradients."""
+        return torch.nn.functional.normalize(self._pooled(self.model.get_text_features, inputs), dim=-1)
+
+    def _pooled(self, function: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The output [B, ...] for the pooled tokens in float32."""
         # Stock models have no option to compute only the pooled token.
         options = {"pooled_only": True} if isinstance(self.model, LoTLIPModel) else {}
-        with evaluating(self.model), torch.inference_mode():
-            output = function(**self.on_device(inputs), **options)
-            return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
+        output = function(**inputs, **options)
+        return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
 
     def on_device(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """The inputs as tensors on the device of the model, and images in the dtype of the image tower."""

@@ -100,7 +100,7 @@ def evaluate(
         _check_prompts(prompts, data)
     elif not isinstance(data, RetrievalData):
         class_texts(data.class_names, templates, descriptions)
-    fingerprints = _fingerprints(encoder)
+    fingerprints = encoder.fingerprints()
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     of_images = {
         "names": data.image_names,
@@ -187,7 +187,7 @@ def study(
     if not isinstance(data, RetrievalData):
         raise ValueError(f"{data.name} has classes instead of texts. A study needs a retrieval task.")
     _check(data)
-    fingerprints = _fingerprints(encoder)
+    fingerprints = encoder.fingerprints()
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     settings = {"digests": digests, "cache": cache, "batch_size": batch_size, "progress": progress}
     if kind == "length":
@@ -226,10 +226,6 @@ def _check_prompts(
             f"`prompts` (--prompts) were learnt for {len(own)} classes, and {data.name} has {len(names)}. Class "
             f"{index} is {one!r} in the prompts and {other!r} in the data. Pass prompts of the same classes, in order."
         )
-
-
-def _fingerprints(encoder: Encoder) -> dict[str, str]:
-    return {"image": encoder.fingerprint("image"), "text": encoder.fingerprint("text")}
 
 
 def _record(

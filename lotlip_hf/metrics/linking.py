@@ -18,9 +18,9 @@ def split_groups(groups: np.ndarray, shares: tuple[float, ...], seed: int = 0) -
         `list[np.ndarray]`: The indices of the rows of each part, rising.
     """
     unique, numbers = np.unique(groups, return_inverse=True)
-    places = np.random.default_rng(seed).permutation(len(unique))[numbers] / len(unique)
+    ranks = np.random.default_rng(seed).permutation(len(unique))[numbers] / len(unique)
     bounds = np.cumsum(shares)[:-1]
-    return [np.flatnonzero(np.searchsorted(bounds, places, side="right") == part) for part in range(len(shares))]
+    return [np.flatnonzero(np.searchsorted(bounds, ranks, side="right") == part) for part in range(len(shares))]
 
 
 class Link(NamedTuple):

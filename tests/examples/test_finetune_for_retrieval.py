@@ -1,11 +1,9 @@
 """`examples/finetune_for_retrieval.py`, run as it is: on a tiny checkpoint, and on one that knows Scenes."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
@@ -13,12 +11,7 @@ from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
 from scripts import load_script
 
-
-@pytest.fixture(autouse=True)
-def _own_state() -> Iterator[None]:
-    """None of accelerate's state for the next test."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def write_records(folder: Path, number: int) -> Path:

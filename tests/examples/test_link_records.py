@@ -1,24 +1,17 @@
 """`examples/link_records.py`, run as it is: on a tiny checkpoint, and on one that knows Scenes."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from lotlip_hf.scenes.dataset import long_captions, render, rewrites, scene
 from lotlip_hf.scenes.small import small_model
 from scripts import load_script
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 COLUMNS = {"threshold", "adjusted_rand_index", "nearest"}
-
-
-@pytest.fixture(autouse=True)
-def _own_state() -> Iterator[None]:
-    """None of accelerate's state for the next test."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_records(folder: Path, number: int) -> Path:
