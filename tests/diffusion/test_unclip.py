@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion import pipeline_stable_unclip_img2img
+from PIL import Image
 
 import tiny_clip
 import tiny_diffusion
@@ -40,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("clip", "other", "unclip", "sd", "lotlip")}
 
 
-def drawn(number: int) -> list[Any]:
+def drawn(number: int) -> list[Image.Image]:
     return [record["image"] for record in scenes_dataset(number)]
 
 
@@ -121,3 +123,50 @@ def test_an_image_tower_learns_alone(folders: dict[str, Path], tmp_path: Path, n
     assert np.array_equal(*(encoder.encode_texts(texts, progress=False) for encoder in (before, after)))
     images = [np.asarray(encoder.encode_images(drawn(2), progress=False)) for encoder in (before, after)]
     assert not np.allclose(*images, atol=1e-3)
+
+
+def colours(
+    pipe: Any, pictures: list[Image.Image], size: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Latents of pictures of one colour: that colour and its brightness, of about unit variance."""
+    values = torch.tensor([picture.getpixel((0, 0)) for picture in pictures]) / 127.5 - 1
+    latents = 1.7 * torch.cat([values, values.mean(dim=1, keepdim=True)], dim=1)
+    return latents[:, :, None, None].expand(-1, -1, size // 2, size // 2)
+
+
+@pytest.mark.slow
+def test_embeddings_tell_more_of_their_own_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lotlip_hf.diffusion.denoising.encode_pictures", colours)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randint(0, 256, (120, 3), generator=generator).tolist()
+    pictures = [Image.new("RGB", (32, 32), tuple(colour)) for colour in values]
+    held_out = pictures[-12:]
+    pipe = tiny_diffusion.unclip(tiny_clip.clip_model())
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    latents = colours(pipe, held_out, SIZE)
+    noises = [draw_noise(latents, generator) for _ in range(8)]
+
+    def train(module: torch.nn.Module, num_steps: int, learning_rate: float) -> None:
+        options = {"size": SIZE, "num_steps": num_steps, "batch_size": 16, "learning_rate": learning_rate}
+        fit(pipe, module.parameters(), pictures, [""] * len(pictures), **options)
+
+    @torch.no_grad()
+    def measured() -> tuple[float, float]:
+        """The loss with the embeddings of held-out pictures, and with those of other pictures."""
+        embeds = encode_image_prompts(pipe, held_out)["class_labels"]
+        prompts = encode_prompts(pipe, [""] * len(held_out), SIZE)
+        own, other = (
+            sum(float(denoising_loss(pipe, latents, {**prompts, "class_labels": one}, noise)) for noise in noises)
+            for one in (embeds, embeds.roll(1, 0))
+        )
+        return own / len(noises), other / len(noises)
+
+    train(pipe.unet, 80, 1e-2)  # a Stable unCLIP of colours
+    with torch.no_grad():  # a tower that tells less of them
+        for parameter in pipe.image_encoder.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    own, other = measured()
+    train(pipe.image_encoder, 50, 1e-3)
+    new_own, new_other = measured()
+    assert new_own < own - 0.05
+    assert new_other - new_own > other - own + 0.1
