@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     pipe.to(device)
     pictures = read_pictures(args.data, args.num_pictures)
+    if len(pictures) < 2:
+        raise ValueError(f"--data {args.data} has {len(pictures)} pictures. Pass a folder with two or more.")
     sample = pictures[-16:]
     own, tower = embed(pipe, sample), share_image_tower(model)
     pipe.register_modules(image_encoder=tower)

@@ -39,7 +39,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_diffusion.unclip(clip).save_pretrained(folder / "unclip")
     tiny_diffusion.pipeline("sd").save_pretrained(folder / "sd")
     convert(folder / "clip", folder / "lotlip", max_positions=100)
-    return {name: folder / name for name in ("clip", "other", "unclip", "sd", "lotlip")}
+    (folder / "photos").mkdir()
+    for number, picture in enumerate(drawn(40)):
+        picture.save(folder / "photos" / f"{number:02}.png")
+    (folder / "empty").mkdir()
+    return {name: folder / name for name in ("clip", "other", "unclip", "sd", "lotlip", "photos", "empty")}
 
 
 def drawn(number: int) -> list[Image.Image]:
@@ -47,7 +51,7 @@ def drawn(number: int) -> list[Image.Image]:
 
 
 def arguments(folders: dict[str, Path], output: Path, **options: Any) -> list[str]:
-    values = {"pipeline": folders["unclip"], "model": folders["clip"], "data": "scenes", "num-pictures": 40}
+    values = {"pipeline": folders["unclip"], "model": folders["clip"], "data": folders["photos"]}
     values |= {"num-steps": 40, "size": SIZE, "learning-rate": 1e-3, "output": output, **options}
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
@@ -97,7 +101,7 @@ def test_all_but_the_image_tower_stays(folders: dict[str, Path]) -> None:
     assert moved == {"image_encoder"}
 
 
-@pytest.mark.parametrize(("option", "name"), [("pipeline", "sd"), ("model", "other")])
+@pytest.mark.parametrize(("option", "name"), [("pipeline", "sd"), ("model", "other"), ("data", "empty")])
 def test_what_does_not_belong_together_is_refused(
     folders: dict[str, Path], tmp_path: Path, option: str, name: str
 ) -> None:
@@ -111,6 +115,7 @@ def test_what_does_not_belong_together_is_refused(
 def test_an_image_tower_learns_alone(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     output = tmp_path / "sharper"
     report = load_script(EXAMPLE).main(arguments(folders, output, model=folders[name]))
+    assert report["pictures"] == 40
     assert report["loss_after"] < report["loss_before"] - 0.01  # on held-out pictures
     assert report["similarity_before"] == pytest.approx(1.0, abs=1e-5)
     assert report["similarity_after"] < 1.0
