@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -15,11 +16,15 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    StableUnCLIPImg2ImgPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from transformers import (
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
     PreTrainedTokenizerBase,
     T5Config,
     T5EncoderModel,
@@ -166,7 +171,29 @@ BUILDERS = {"sd": sd, "sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 def pipeline(kind: str) -> DiffusionPipeline:
     """A tiny pipeline of a kind of `BUILDERS`, whose pictures depend on every one of its random weights."""
     torch.manual_seed(0)
-    pipe = BUILDERS[kind]()
+    return _random(BUILDERS[kind]())
+
+
+def unclip(clip: CLIPModel) -> StableUnCLIPImg2ImgPipeline:
+    """A tiny Stable unCLIP that reads the embeddings of a CLIP's image tower."""
+    tower = CLIPVisionModelWithProjection(clip.config.vision_config).eval()
+    tower.load_state_dict({name: one for name, one in clip.state_dict().items() if name.startswith("vis")})
+    pipe = StableUnCLIPImg2ImgPipeline(
+        feature_extractor=tiny_clip.image_processor(),
+        image_encoder=tower,
+        image_normalizer=StableUnCLIPImageNormalizer(tiny_clip.PROJECTION_DIM),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=tiny_clip.clip_tokenizer(),
+        text_encoder=tiny_clip.clip_text_model(),
+        unet=unet(class_embed_type="projection", projection_class_embeddings_input_dim=2 * tiny_clip.PROJECTION_DIM),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        vae=vae(),
+    )
+    return _random(pipe)
+
+
+def _random(pipe: Any) -> Any:
+    """Random weights of what is not random yet."""
     for seed, name in enumerate(("unet", "transformer", "vae", "text_encoder_3")):
         if isinstance(getattr(pipe, name, None), torch.nn.Module):
             tiny_clip.random_weights(getattr(pipe, name), seed)

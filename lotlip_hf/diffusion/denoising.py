@@ -1,4 +1,4 @@
-"""The denoising loss of a frozen pipeline, by which parts of it that read prompts are trained."""
+"""The denoising loss of a frozen pipeline, by which parts of it that read prompts or images are trained."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +30,13 @@ def draw_noise(latents: torch.Tensor, generator: torch.Generator | None = None) 
     return Noise(noise, torch.rand(len(latents), generator=generator).to(latents.device))
 
 
+def _square(picture: Image.Image) -> Image.Image:
+    """The centre of a picture."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.convert("RGB").crop((left, top, left + side, top + side))
+
+
 @torch.no_grad()
 def encode_pictures(
     pipe: "DiffusionPipeline", pictures: Sequence[Image.Image], size: int, generator: torch.Generator | None = None
@@ -46,14 +53,10 @@ def encode_pictures(
     Returns:
         `torch.Tensor`: Latents [B, channels, height, width], scaled as the pipeline needs them.
     """
-    squares = []
-    for picture in pictures:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size))
-        squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1)
+    squares = [np.array(_square(picture).resize((size, size))) for picture in pictures]
+    pixels = torch.stack([torch.from_numpy(square).permute(2, 0, 1) / 127.5 - 1 for square in squares])
     vae = pipe.vae
-    latents = vae.encode(torch.stack(squares).to(vae.device, vae.dtype)).latent_dist.sample(generator)
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample(generator)
     return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
 
@@ -62,7 +65,7 @@ def encode_prompts(pipe: "DiffusionPipeline", prompts: Sequence[str], size: int)
     Computes what the denoiser of a pipeline gets for prompts, with gradients.
 
     Args:
-        pipe (`DiffusionPipeline`): Stable Diffusion 1.x, 2.x, XL or 3, or Flux.
+        pipe (`DiffusionPipeline`): Stable Diffusion 1.x, 2.x, XL or 3, Flux, or Stable unCLIP.
         prompts (`Sequence[str]`): B prompts.
         size (`int`): Side of the pictures in pixels, which Stable Diffusion XL reads.
 
@@ -89,6 +92,26 @@ def encode_prompts(pipe: "DiffusionPipeline", prompts: Sequence[str], size: int)
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
 
 
+def encode_image_prompts(pipe: "DiffusionPipeline", pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """
+    Computes what the denoiser of a Stable unCLIP gets for pictures, with gradients for the image tower.
+
+    Args:
+        pipe (`DiffusionPipeline`): A `StableUnCLIPImg2ImgPipeline`.
+        pictures (`Sequence[PIL.Image.Image]`): B pictures. Their centre is cropped to a square.
+
+    Returns:
+        `dict[str, Any]`: `class_labels` [B, 2 * projection_dim]: the image embeddings and those of the noise level 0.
+            No noise is added to them, so that the same picture always gives the same numbers.
+    """
+    tower = pipe.image_encoder
+    pixels = pipe.feature_extractor(
+        images=[_square(picture) for picture in pictures], return_tensors="pt"
+    ).pixel_values
+    embeds = tower(pixels.to(tower.device, tower.dtype)).image_embeds
+    return {"class_labels": pipe.noise_image_embeddings(embeds, noise_level=0, noise=torch.zeros_like(embeds))}
+
+
 def denoising_loss(
     pipe: "DiffusionPipeline", latents: torch.Tensor, conditions: dict[str, Any], noise: Noise
 ) -> torch.Tensor:
@@ -98,13 +121,14 @@ def denoising_loss(
     (https://arxiv.org/abs/2403.03206, section 3.1).
 
     Args:
-        pipe (`DiffusionPipeline`): Stable Diffusion 1.x, 2.x, XL or 3, or Flux.
+        pipe (`DiffusionPipeline`): Stable Diffusion 1.x, 2.x, XL or 3, Flux, or Stable unCLIP.
         latents (`torch.Tensor`): Latents [B, channels, height, width], from [`encode_pictures`].
-        conditions (`dict[str, Any]`): Arguments of the denoiser, from [`encode_prompts`].
+        conditions (`dict[str, Any]`): Arguments of the denoiser, from [`encode_prompts`], and for Stable unCLIP also
+            from [`encode_image_prompts`].
         noise (`Noise`): Noise and times, from [`draw_noise`].
 
     Returns:
-        `torch.Tensor`: The loss, a scalar with a gradient for the states of the prompts.
+        `torch.Tensor`: The loss, a scalar with a gradient for the conditions.
 
     Example:
 
@@ -161,11 +185,11 @@ def fit(
     loss: Callable[..., torch.Tensor] = denoising_loss,
 ) -> tuple[float, float, int]:
     """
-    Trains parameters by the denoising loss on pictures with prompts. All others stay frozen. Ctrl-C ends the training
-    early.
+    Trains parameters by the denoising loss on pictures with prompts. All others stay frozen. Stable unCLIP also gets
+    the embedding of each picture. Ctrl-C ends the training early.
 
     Args:
-        pipe (`DiffusionPipeline`): The pipeline, whose text encoders or denoiser use the parameters.
+        pipe (`DiffusionPipeline`): The pipeline, whose encoders or denoiser use the parameters.
         parameters (`Iterable[torch.nn.Parameter]`): The parameters to train.
         pictures (`Sequence[PIL.Image.Image]`): N pictures.
         prompts (`Sequence[str]`): N prompts.
@@ -201,6 +225,8 @@ def fit(
 
     def losses(indices: Sequence[int], noise: Noise) -> torch.Tensor:
         conditions = encode_prompts(pipe, [prompts[index] for index in indices], size)
+        if hasattr(pipe, "image_normalizer"):
+            conditions |= encode_image_prompts(pipe, [pictures[index] for index in indices])
         return loss(pipe, latents[list(indices)], conditions, noise)
 
     @torch.no_grad()
