@@ -113,6 +113,8 @@ def load_tuning(file: str | os.PathLike, encoder: Encoder) -> ImageTuning:
         class_names, model = parse_json(header["__metadata__"]["class_names"]), header["__metadata__"]["model"]
         classes, prompts = tensors.pop("classes"), tensors.pop("prompts")
         norms = {name.removeprefix(NORM): value for name, value in tensors.items()}
+        if not all(value.isfinite().all() for value in (classes, prompts, *norms.values())):
+            raise ValueError("its numbers are not finite")
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise FileError(file, f"not a tuning of an image tower ({printable(error)})") from error
     if model != encoder.fingerprint("image"):

@@ -25,6 +25,8 @@ from .tokenizers import prompt_tokenizer, text_end
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of a file
+
 # Names of modules and parameters are those of the authors' weights.
 
 
@@ -188,6 +190,10 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
         with safe_open(os.fspath(file), framework="pt") as opened:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}
             num_heads = num_heads or int((opened.metadata() or {}).get("num_heads", 8))
+        if len({one.dtype for one in weights.values()}) > 1 or weights["connector.latents"].dtype not in DTYPES:
+            raise ValueError("its weights are not all of one type: float32, float16 or bfloat16")
+        if not all(one.isfinite().all() for one in weights.values()):
+            raise ValueError("its weights are not finite numbers")
         width, text_width = weights["connector.proj_in.weight"].shape
         time_width, time_channels = weights["time_embedding.linear_1.weight"].shape
         with torch.device("meta"):
@@ -196,7 +202,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
                 width,
                 num_layers=sum(name.endswith("attn.in_proj_weight") for name in weights),
                 num_heads=num_heads,
-                num_latents=len(weights["connector.latents"]),
+                num_latents=weights["connector.latents"].shape[:1].numel(),
                 time_channels=time_channels,
                 time_width=time_width,
             )

@@ -103,7 +103,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             pass
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 40)
-    for name in ("other", "broken"):
+    weights = ella().state_dict()
+    latents = {
+        "nan": torch.full_like(weights["connector.latents"], torch.nan),
+        "double": weights["connector.latents"].double(),
+        "scalar": torch.tensor(1.0),
+    }
+    for name, changed in latents.items():
+        save_file({**weights, "connector.latents": changed}, tmp_path / f"{name}.safetensors")
+    for name in ("other", "broken", *latents):
         with pytest.raises(ValueError, match=name):
             load_ella(tmp_path / f"{name}.safetensors")
     with pytest.raises(OSError, match="none"):

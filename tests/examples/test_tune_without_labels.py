@@ -187,6 +187,7 @@ DAMAGES: dict[str, Callable[[dict[str, torch.Tensor], dict[str, str]], Any]] = {
     "no prompts": lambda tensors, metadata: tensors.pop("prompts"),
     "another width": lambda tensors, metadata: tensors.update(prompts=torch.zeros(5, 3)),
     "a scalar": lambda tensors, metadata: tensors.update(classes=torch.tensor(1.0)),
+    "not a number": lambda tensors, metadata: tensors.update(classes=torch.full_like(tensors["classes"], torch.nan)),
     "an unknown norm": lambda tensors, metadata: tensors.update({"norm x.weight": torch.zeros(2)}),
     "too few names": lambda tensors, metadata: metadata.update(class_names='["cat"]'),
     "no names": lambda tensors, metadata: metadata.pop("class_names"),
