@@ -141,7 +141,7 @@ def visual_prompts(encoder: Encoder, vectors: Tensor) -> Iterator[None]:
         vectors (`torch.Tensor`): Vectors [n, width] of the width of the image tower.
 
     Raises:
-        `ValueError`: If the image tower takes no visual prompts.
+        `ValueError`: If the image tower takes no visual prompts, or has some.
 
     Example:
 
@@ -160,6 +160,8 @@ def visual_prompts(encoder: Encoder, vectors: Tensor) -> Iterator[None]:
     tower, backbone = image_tower(encoder)
     prefix = VISION_BACKBONES[backbone.config.model_type].num_prefix_tokens(backbone)
     module = getattr(backbone, "pre_layrnorm", backbone.embeddings)
+    if hasattr(module, "visual_prompts"):
+        raise ValueError(f"The image tower of {encoder.name} has visual prompts. Leave their context first.")
 
     def insert(module: Any, args: Any, states: Tensor) -> Tensor:
         prompts = module.visual_prompts.to(states).expand(len(states), -1, -1)

@@ -368,7 +368,7 @@ def test_the_command(
         ("prompts --model m --data d --output o --num-context 4 --init the", "--init"),
         ("prompts --model m --data d --output o --top-k 2", "--groups"),
         ("prompts --model m --data d --output o --groups g --position front", "--position"),
-        ("prompts --model m --data d --output o --init a-{} --position front", "--position"),
+        ("prompts --model m --data d --output o --init a-{{}} --position front", "--position"),
         ("prompts --model m --data d --output o --augment turn:1", "augment"),
         ("prompts --model m --task scenes --output {tmp}/o", "--task"),
         ("prompts --model m --data {tmp}/data --shots 1 --patience 3 --output {tmp}/o", "--patience"),

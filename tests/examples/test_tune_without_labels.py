@@ -144,6 +144,17 @@ def test_what_counts_patches_is_refused(name: str, pair: tuple[LoTLIPModel, Any]
         pair[0].get_image_features(**pixels, **{name: value})
 
 
+def test_a_second_tuning_is_refused(encoder: Encoder) -> None:
+    tuning, images = some_tuning(encoder), [Image.new("RGB", (32, 32))]
+    before = embed(encoder, images)
+    with tuning.applied(encoder):
+        tuned = embed(encoder, images)
+        with pytest.raises(ValueError, match="context"), tuning.applied(encoder):
+            pass
+        assert torch.equal(embed(encoder, images), tuned)
+    assert torch.equal(embed(encoder, images), before)
+
+
 def test_towers_without_tokens_are_refused(lotlip_convnext: Encoder) -> None:
     with pytest.raises(ValueError, match="prompts"), visual_prompts(lotlip_convnext, torch.zeros(1, 8)):
         pass
