@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import replacing
+from ..files import open_regular, replacing
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .text_encoder import LoTLIPTextEncoder
@@ -173,7 +173,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
         `ELLA`: The connector, in the type of the weights and in evaluation mode.
 
     Raises:
-        `ValueError`: If the file is not a connector.
+        `ValueError`: If the file is not a connector of finite numbers, or a device or pipe.
         `OSError`: If there is no such file.
 
     Example:
@@ -186,6 +186,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
     32
     ```
     """
+    open_regular(file).close()  # safetensors would wait for the writer of a pipe
     try:
         with safe_open(os.fspath(file), framework="pt") as opened:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}

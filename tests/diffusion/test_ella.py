@@ -1,5 +1,6 @@
 """ELLA's connector: equal to the authors', read by a pipeline's UNet in each step, trained and saved."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             load_ella(tmp_path / f"{name}.safetensors")
     with pytest.raises(OSError, match="none"):
         load_ella(tmp_path / "none.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match="pipe"):
+        load_ella(tmp_path / "pipe.safetensors")
