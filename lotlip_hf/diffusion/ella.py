@@ -25,7 +25,7 @@ from .tokenizers import prompt_tokenizer, text_end
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of a file
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of a file
 
 # Names of modules and parameters are those of the authors' weights.
 
@@ -192,7 +192,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}
             num_heads = num_heads or int((opened.metadata() or {}).get("num_heads", 8))
         if len({one.dtype for one in weights.values()}) > 1 or weights["connector.latents"].dtype not in DTYPES:
-            raise ValueError("its weights are not all of one type: float32, float16 or bfloat16")
+            raise ValueError("its weights are not all of one floating point type of 16 to 64 bits")
         if not all(one.isfinite().all() for one in weights.values()):
             raise ValueError("its weights are not finite numbers")
         width, text_width = weights["connector.proj_in.weight"].shape
