@@ -268,7 +268,7 @@ def read_tensors(path: str | os.PathLike, limit: int = MAX_BYTES) -> "tuple[dict
 
     Raises:
         `OSError`: If the file cannot be read.
-        `FileError`: If the file is larger than `limit` or not such a file.
+        `FileError`: If the file is larger than `limit`, not such a file, or has numbers that are not finite.
     """
     from safetensors.torch import load  # imports torch
 
@@ -276,8 +276,10 @@ def read_tensors(path: str | os.PathLike, limit: int = MAX_BYTES) -> "tuple[dict
     try:
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        if not all(one.isfinite().all() for one in tensors.values()):
+            raise ValueError("its numbers are not finite")
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # those of torch for unknown types
-        raise FileError(path, f"not a file of safetensors ({printable(error)})") from error
+        raise FileError(path, f"not a usable file of safetensors ({printable(error)})") from error
     return tensors, header.get("__metadata__") or {}
 
 

@@ -108,7 +108,7 @@ def load_tuning(file: str | os.PathLike, encoder: Encoder) -> ImageTuning:
         class_names, model = parse_json(metadata["class_names"]), metadata["model"]
         classes, prompts = tensors.pop("classes"), tensors.pop("prompts")
         norms = {name.removeprefix(NORM): value for name, value in tensors.items()}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FileError(file, f"not a tuning of an image tower ({printable(error)})") from error
     if model != encoder.fingerprint("image"):
         raise ValueError(
@@ -134,7 +134,7 @@ def visual_prompts(encoder: Encoder, vectors: Tensor) -> Iterator[None]:
         vectors (`torch.Tensor`): Vectors [n, width] of the width of the image tower.
 
     Raises:
-        `ValueError`: If the image tower takes no visual prompts.
+        `ValueError`: If the image tower takes no visual prompts, or has some.
 
     Example:
 
@@ -153,6 +153,8 @@ def visual_prompts(encoder: Encoder, vectors: Tensor) -> Iterator[None]:
     tower, backbone = image_tower(encoder)
     prefix = VISION_BACKBONES[backbone.config.model_type].num_prefix_tokens(backbone)
     module = getattr(backbone, "pre_layrnorm", backbone.embeddings)
+    if hasattr(module, "visual_prompts"):
+        raise ValueError(f"The image tower of {encoder.name} has visual prompts. Leave their context first.")
 
     def insert(module: Any, args: Any, states: Tensor) -> Tensor:
         prompts = module.visual_prompts.to(states).expand(len(states), -1, -1)

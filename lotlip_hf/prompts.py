@@ -415,8 +415,8 @@ def load_prompts(file: str | os.PathLike, encoder: Encoder) -> PromptedClasses |
         )
         if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
             raise ValueError("it has no class names")
-        if not all(one.dtype == torch.float32 and one.isfinite().all() for one in tensors.values()):
-            raise ValueError("its vectors are not finite numbers in float32")
+        if not all(one.dtype == torch.float32 for one in tensors.values()):
+            raise ValueError("its vectors are not in float32")
         kind = MixedPrompts if "groups" in settings else PromptedClasses
         arguments = _checked(settings, MIXED_SETTINGS if kind is MixedPrompts else SETTINGS)
         if len(names) * len(arguments.get("groups", "1")) > MAX_PROMPTS:
@@ -433,11 +433,14 @@ def load_prompts(file: str | os.PathLike, encoder: Encoder) -> PromptedClasses |
             f"{printable(os.fspath(file))} (--prompts) was learnt with {printable(model)}, but {encoder.name} has "
             "other weights, dtype or processor. Pass that model, or run `lotlip prompts` with this one."
         )
+    # The shapes for one class, before memory for all classes is allocated
+    expected = {name: one.shape for name, one in kind(encoder, names[:1], **arguments).state_dict().items()}
+    if arguments.get("class_specific"):
+        expected["vectors"] = torch.Size([len(names), *expected["vectors"][1:]])
+    if {name: one.shape for name, one in tensors.items()} != expected:
+        raise FileError(file, "its tensors do not fit the model")
     prompts = kind(encoder, names, **arguments)
-    try:
-        prompts.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise FileError(file, f"its tensors do not fit the model ({printable(error)})") from error
+    prompts.load_state_dict(tensors)
     return prompts.requires_grad_(False)
 
 

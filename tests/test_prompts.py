@@ -301,6 +301,18 @@ def test_a_damaged_file_is_refused(damage: Callable, encoder: Encoder, tmp_path:
         load_prompts(file, encoder)
 
 
+def test_a_small_file_claims_no_memory(encoder: Encoder, tmp_path: Path) -> None:
+    file, count = tmp_path / "prompts.safetensors", 1 << 20  # 2 GB in this model, of which the file has nothing
+    PromptedClasses(encoder, CLASSES, 4).save(file)
+    with safe_open(file, "pt") as opened:
+        metadata = dict(opened.metadata())
+    settings = {"class_specific": True, "init": None, "position": "end", "num_context": 16}
+    metadata |= {"class_names": json.dumps(["a"] * count), "settings": json.dumps(settings)}
+    save_file({"vectors": torch.zeros(count, 16, 0)}, file, metadata)
+    with pytest.raises(ValueError, match=r"prompts\.safetensors"):
+        load_prompts(file, encoder)
+
+
 def test_no_pickle_and_no_header_without_end(encoder: Encoder, tmp_path: Path) -> None:
     file = tmp_path / "prompts.safetensors"
     torch.save({"vectors": torch.zeros(4, 32)}, file)
@@ -363,6 +375,7 @@ def test_the_command(
         ("prompts --model m --data d --output o --num-context 4 --init the", "--init"),
         ("prompts --model m --data d --output o --top-k 2", "--groups"),
         ("prompts --model m --data d --output o --groups g --position front", "--position"),
+        ("prompts --model m --data d --output o --init a-{{}} --position front", "--position"),
         ("prompts --model m --data d --output o --augment turn:1", "augment"),
         ("prompts --model m --task scenes --output {tmp}/o", "--task"),
         ("prompts --model m --data {tmp}/data --shots 1 --patience 3 --output {tmp}/o", "--patience"),

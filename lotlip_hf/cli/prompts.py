@@ -72,6 +72,8 @@ class PromptsOptions(ModelOptions):
         super().__post_init__()
         if self.num_context is not None and self.init is not None:
             raise ValueError("Pass either --num-context or --init, whose words are the vectors.")
+        if self.init is not None and "{}" in self.init and self.position != "end":
+            raise ValueError("--position has no effect with {} in --init, which says it. Leave one of them out.")
         if self.groups is None and self.top_k is not None:
             raise ValueError("--top-k needs --groups. Pass a file of groups of templates.")
         of_one = {"--num-context": self.num_context, "--init": self.init, "--class-specific": self.class_specific}

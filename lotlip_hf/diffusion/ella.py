@@ -22,7 +22,9 @@ from .tokenizers import prompt_tokenizer, text_end
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MAX_BYTES = 1 << 32  # of a file
+MAX_BYTES = 1 << 32
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of a file
+
 # Names of modules and parameters are those of the authors' weights.
 
 
@@ -167,7 +169,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
         `ELLA`: The connector, in the type of the weights and in evaluation mode.
 
     Raises:
-        `ValueError`: If the file is not a connector, or larger than 4 GiB.
+        `ValueError`: If the file is not a connector of finite numbers, or larger than 4 GiB.
         `OSError`: If there is no such file.
 
     Example:
@@ -183,6 +185,8 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
     weights, metadata = read_tensors(file, MAX_BYTES)
     try:
         num_heads = num_heads or int(metadata.get("num_heads", 8))
+        if len({one.dtype for one in weights.values()}) > 1 or weights["connector.latents"].dtype not in DTYPES:
+            raise ValueError("its weights are not all of one floating point type of 16 to 64 bits")
         width, text_width = weights["connector.proj_in.weight"].shape
         time_width, time_channels = weights["time_embedding.linear_1.weight"].shape
         with torch.device("meta"):
@@ -191,7 +195,7 @@ def load_ella(file: str | os.PathLike, num_heads: int | None = None) -> ELLA:
                 width,
                 num_layers=sum(name.endswith("attn.in_proj_weight") for name in weights),
                 num_heads=num_heads,
-                num_latents=len(weights["connector.latents"]),
+                num_latents=weights["connector.latents"].shape[:1].numel(),
                 time_channels=time_channels,
                 time_width=time_width,
             )

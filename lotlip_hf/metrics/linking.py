@@ -42,6 +42,9 @@ def single_linkage(embeds: np.ndarray) -> list[Link]:
     Returns:
         `list[Link]`: n - 1 links. [`clusters`] cuts them at a threshold.
 
+    Raises:
+        `ValueError`: If an embedding is not finite.
+
     Example:
 
     ```python
@@ -53,6 +56,8 @@ def single_linkage(embeds: np.ndarray) -> list[Link]:
     [0, 1, 0]
     ```
     """
+    if not np.isfinite(embeds).all():
+        raise ValueError("`embeds` has numbers that are not finite. Pass embeddings without them.")
     highest, partner = np.full(len(embeds), -np.inf), np.zeros(len(embeds), dtype=int)
     is_open, current, links = np.ones(len(embeds), dtype=bool), 0, list[Link]()
     for _ in range(len(embeds) - 1):

@@ -1,5 +1,6 @@
 """ELLA's connector: equal to the authors', read by a pipeline's UNet in each step, trained and saved."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             pass
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 40)
-    for name in ("other", "broken"):
+    weights = ella().state_dict()
+    latents = {
+        "nan": torch.full_like(weights["connector.latents"], torch.nan),
+        "double": weights["connector.latents"].double(),
+        "scalar": torch.tensor(1.0),
+    }
+    for name, changed in latents.items():
+        save_file({**weights, "connector.latents": changed}, tmp_path / f"{name}.safetensors")
+    for name in ("other", "broken", *latents):
         with pytest.raises(ValueError, match=name):
             load_ella(tmp_path / f"{name}.safetensors")
     with pytest.raises(OSError, match="none"):
         load_ella(tmp_path / "none.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match="pipe"):
+        load_ella(tmp_path / "pipe.safetensors")

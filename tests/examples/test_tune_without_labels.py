@@ -129,6 +129,17 @@ def test_what_counts_patches_is_refused(name: str, pair: tuple[LoTLIPModel, Any]
         pair[0].get_image_features(**pixels, **{name: value})
 
 
+def test_a_second_tuning_is_refused(encoder: Encoder) -> None:
+    tuning, images = some_tuning(encoder), [Image.new("RGB", (32, 32))]
+    before = embed(encoder, images)
+    with tuning.applied(encoder):
+        tuned = embed(encoder, images)
+        with pytest.raises(ValueError, match="context"), tuning.applied(encoder):
+            pass
+        assert torch.equal(embed(encoder, images), tuned)
+    assert torch.equal(embed(encoder, images), before)
+
+
 def test_towers_without_tokens_are_refused(lotlip_convnext: Encoder) -> None:
     with pytest.raises(ValueError, match="prompts"), visual_prompts(lotlip_convnext, torch.zeros(1, 8)):
         pass
@@ -172,6 +183,7 @@ DAMAGES: dict[str, Callable[[dict[str, torch.Tensor], dict[str, str]], Any]] = {
     "no prompts": lambda tensors, metadata: tensors.pop("prompts"),
     "another width": lambda tensors, metadata: tensors.update(prompts=torch.zeros(5, 3)),
     "a scalar": lambda tensors, metadata: tensors.update(classes=torch.tensor(1.0)),
+    "not a number": lambda tensors, metadata: tensors.update(classes=torch.full_like(tensors["classes"], torch.nan)),
     "an unknown norm": lambda tensors, metadata: tensors.update({"norm x.weight": torch.zeros(2)}),
     "too few names": lambda tensors, metadata: metadata.update(class_names='["cat"]'),
     "no names": lambda tensors, metadata: metadata.pop("class_names"),

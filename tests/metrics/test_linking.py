@@ -47,3 +47,8 @@ def test_a_threshold_finds_planted_groups() -> None:
     assert nearest_precision(embeds, groups) == 1
     assert nearest_precision(embeds, np.arange(9)) == 0
     assert nearest_precision(embeds, np.array([0, 1, 0, 2, 3, 4, 5, 6, 7])) == 0
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        single_linkage(np.array([[np.nan, 0.0], [1.0, 0.0], [1.0, 0.0]]))
