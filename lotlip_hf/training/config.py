@@ -434,6 +434,8 @@ class TrainingConfig:
         }
         if taught and self.teacher is None:
             raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it, for example to a dual encoder.")
+        if "byol" in terms and self.teacher != "ema":  # whose projection follows with the tower
+            raise ValueError(f"`terms` byol needs `teacher` ema, got {self.teacher}. Set it.")
         if self.patch_choice == "attention" and (not self.patch_dropout or self.teacher not in ("self", "ema")):
             raise ValueError("`patch_choice` attention needs `patch_dropout` and `teacher` ema or self. Set both.")
         if self.teacher is not None and not taught and self.patch_choice != "attention":

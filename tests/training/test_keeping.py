@@ -341,6 +341,7 @@ def test_a_resumed_run_chooses_the_same(kind: str, tmp_path: Path) -> None:
         ({"terms": ["infonce"], "image_views": 2, "augment": ["crop:0.5"]}, "two_views"),
         ({"terms": ["two_views"], "image_views": 2, "augment": ["flip:0.5"]}, "crop"),
         ({"terms": ["two_views"], "image_views": 3, "augment": ["crop:0.5"]}, "image_views"),
+        ({"terms": ["byol"], "image_views": 2, "augment": ["crop:0.5"], "teacher": "self"}, "byol"),
         ({"terms": ["byol"], "image_views": 2, "augment": ["crop:0.5"]}, "teacher"),
         ({"terms": ["simclr"], "term_options": ["simclr.width=0"], "image_views": 2}, "width"),
         ({"terms": ["simclr"], "term_options": ["simclr.temperature=0"], "image_views": 2}, "temperature"),
