@@ -13,11 +13,12 @@ from typing import Any, Literal
 from ..encoder import Encoder
 from ..files import printable, replacing
 from .embeddings import embed_images, embed_texts, image_digests
+from .prompts import prompt_metrics
 from .retrieval import accuracies, retrieval_metrics, telling_metrics
 from .segmentation import segmentation_metrics
 from .studies import length_study, sentence_ablation
-from .tables import RETRIEVAL, SEGMENTATION, metric_table, study_table, table
-from .tasks import ClassificationData, RetrievalData, SegmentationData
+from .tables import PROMPTS, RETRIEVAL, SEGMENTATION, metric_table, prompt_table, study_table, table
+from .tasks import Data, PromptData, RetrievalData, SegmentationData
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 
 LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "numpy")
@@ -25,7 +26,7 @@ LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "nump
 
 def evaluate(
     encoder: Encoder,
-    data: RetrievalData | ClassificationData | SegmentationData,
+    data: Data,
     *,
     benchmark: str | None = None,
     model_name: str | None = None,
@@ -38,18 +39,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
-    classification for images with classes, zero-shot segmentation for images with masks. With several processes
-    (`accelerate launch`), each process encodes a share of the data, and all return the same results.
+    classification for images with classes, zero-shot segmentation for images with masks, and the parts of prompts in
+    pictures. With several processes (`accelerate launch`), each process encodes a share of the data, and all return
+    the same results.
 
     Args:
         encoder (`Encoder`): The dual encoder.
-        data (`RetrievalData` or `ClassificationData` or `SegmentationData`): The data set, for example from
-            [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
+        data (`RetrievalData` or `ClassificationData` or `SegmentationData` or `PromptData`): The data set, for example
+            from [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
         benchmark (`str`, *optional*): Name of the benchmark, such as `"iiw"`, which chooses the column of a report.
             Defaults to the name of `data`.
         model_name (`str`, *optional*): Name of the model in the results. Defaults to its folder or Hub id.
         templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): Prompt templates for classes.
-        max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
+        max_length (`int`, *optional*): Maximum length of a text in tokens, not for prompts. Defaults to the model's
+            maximum.
         bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples for the 95 % intervals of R@1; 0
             for no intervals.
         cache (`str` or `os.PathLike`, *optional*): Folder for the cache of embeddings; see
@@ -62,7 +65,9 @@ def evaluate(
         `dict[str, Any]`: JSON-serializable results with the keys `model`, `model_revision`, `model_fingerprint`,
         `task` (the Hub's name of the task), `benchmark`, `dataset`, `data_fingerprint`, `protocol`, `metrics`,
         `versions` and `date`. `metrics` has the names of [`~lotlip_hf.evaluation.retrieval`]; recalls are between 0
-        and 1, and the best rank is 1. Metrics of the first k are left out if there are at most k candidates.
+        and 1, and the best rank is 1. Metrics of the first k are left out if there are at most k candidates. The
+        metrics of prompts, and `rows` with those of each prompt, are those of
+        [`~lotlip_hf.evaluation.prompts.prompt_metrics`].
 
     Raises:
         `IncompleteDataError`: If images cannot be read; the message names them.
@@ -83,6 +88,8 @@ def evaluate(
     # find invalid options before the long computation
     if bootstrap < 0:
         raise ValueError(f"`bootstrap` is {bootstrap}. Pass 0 or more.")
+    if isinstance(data, PromptData) and max_length is not None:
+        raise ValueError(f"`max_length` is {max_length}, but prompts are read as far as the model reads. Omit it.")
     encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
     fingerprints = _fingerprints(encoder)
@@ -116,6 +123,13 @@ def evaluate(
             "search": "exact",
             "bootstrap": bootstrap,
         }
+    elif isinstance(data, PromptData):
+        task = PROMPTS
+        image_embeds = embed_images(encoder, data.images, **of_images)
+        del settings["max_length"]
+        metrics, rows, protocol["num_texts_cut"] = prompt_metrics(encoder, data, image_embeds, **settings)
+        own = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
+        return {"task": task, "metrics": metrics, "rows": rows, **own}
     else:
         class_embeds = class_embeddings(encoder, data.class_names, templates, **settings)
         protocol |= {"templates": list(templates)}
@@ -155,10 +169,10 @@ def study(
         `dict[str, Any]`: Results as from [`evaluate`], with `study` and `rows` instead of `metrics`.
 
     Raises:
-        `ValueError`: If `data` has classes instead of texts, or `limits` is invalid.
+        `ValueError`: If `data` has classes or prompts instead of texts, or `limits` is invalid.
     """
     if not isinstance(data, RetrievalData):
-        raise ValueError(f"{data.name} has classes instead of texts. A study needs a retrieval task.")
+        raise ValueError(f"{data.name} has classes or prompts instead of texts. A study needs a retrieval task.")
     _check(data)
     fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
@@ -172,10 +186,14 @@ def study(
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
 
 
-def _check(data: RetrievalData | ClassificationData | SegmentationData) -> None:
+def _check(data: Data) -> None:
     """Raises a `ValueError` if the indices of the data do not match its images, texts or classes."""
     if isinstance(data, RetrievalData):
         name, indices, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
+    elif isinstance(data, PromptData):
+        if not len(data.images) == len(data.prompts) == len(data.parts):
+            raise ValueError(f"`data.parts` has {len(data.parts)} lists. Pass a list for each prompt and image.")
+        return
     elif isinstance(data, SegmentationData):
         if len(data.masks) != len(data.images):
             raise ValueError(f"`data.masks` has {len(data.masks)} masks. Pass {len(data.images)}.")
@@ -192,7 +210,7 @@ def _fingerprints(encoder: Encoder) -> dict[str, str]:
 
 def _record(
     encoder: Encoder,
-    data: RetrievalData | ClassificationData | SegmentationData,
+    data: Data,
     fingerprints: dict[str, str],
     digests: Sequence[str],
     benchmark: str | None,
@@ -203,6 +221,9 @@ def _record(
     if isinstance(data, RetrievalData):
         counts = {"num_images": len(data.images), "num_texts": len(data.texts)}
         contents: Any = [list(data.texts), [int(index) for index in data.text_to_image]]
+    elif isinstance(data, PromptData):
+        counts = {"num_images": len(data.images)}
+        contents = [list(data.prompts), list(data.parts)]
     else:
         counts = {"num_images": len(data.images), "num_classes": len(data.class_names)}
         is_segmentation = isinstance(data, SegmentationData)
@@ -248,12 +269,16 @@ def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Formats results as a text table: recalls in both directions, accuracies, or the rows of a study."""
+    """Formats results as text: recalls in both directions, accuracies, scores of prompts, or the rows of a study."""
     protocol, dataset = results["protocol"], results["dataset"]
     title = f"{results['model']} on {dataset['name']}" + (f" ({dataset['split']})" if dataset["split"] else "")
     title = f"{printable(title)}: {protocol['num_images']} images, "
     if "study" in results:
         return f"{title}{protocol['num_texts']} texts\n" + study_table(results["study"], results["rows"])
+    if results["task"] == PROMPTS:
+        return f"{title}{protocol['num_texts_cut']} prompts cut at {protocol['max_length']} tokens\n" + prompt_table(
+            results["metrics"], results["rows"], protocol
+        )
     head, rows = metric_table(results["task"], results["metrics"])
     if results["task"] != RETRIEVAL:
         return f"{title}{protocol['num_classes']} classes\n" + table([head], rows, "text", left=0)
