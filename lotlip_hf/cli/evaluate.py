@@ -155,10 +155,10 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
 
     from ..evaluation.benchmarks.registry import load_benchmark
     from ..evaluation.evaluate import evaluate, results_table, study, write_results
-    from ..evaluation.prompts import draw_prompts
     from ..evaluation.studies import plot_length_study, plot_sentence_ablation
     from ..evaluation.tasks import PromptData, RetrievalData
     from ..evaluation.zero_shot import read_templates
+    from ..pictures import draw_prompts, evaluate_prompts
     from ..plots import check_plot
 
     kind = STUDIES.get(config.task)
@@ -181,10 +181,12 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     data = load_benchmark(settings["benchmark"], config.data, **of_data)
     config.refuse(("templates",) if isinstance(data, RetrievalData) else ("bootstrap",))
     encoder = config.load(config.revision)
-    if isinstance(data, PromptData) and config.pipeline is not None and config.pictures is not None:
-        drawing = {"seed": config.seed or 0, "device": encoder.device, "progress": is_main_process}
-        data = draw_prompts(data, config.pipeline, config.pictures, **drawing)
-    if kind is not None:
+    if isinstance(data, PromptData) and kind is None:
+        if config.pipeline is not None and config.pictures is not None:
+            drawing = {"seed": config.seed or 0, "device": encoder.device, "progress": is_main_process}
+            data = draw_prompts(data, config.pipeline, config.pictures, **drawing)
+        results = evaluate_prompts(encoder, data, **settings)
+    elif kind is not None:
         results = study(encoder, data, kind, limits=config.limits, **settings)
     else:
         results = evaluate(encoder, data, **own, **settings)

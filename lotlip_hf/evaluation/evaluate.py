@@ -13,7 +13,6 @@ from typing import Any, Literal
 from ..encoder import Encoder
 from ..files import printable, replacing
 from .embeddings import embed_images, embed_texts, image_digests
-from .prompts import prompt_metrics
 from .retrieval import accuracies, retrieval_metrics, telling_metrics
 from .segmentation import segmentation_metrics
 from .studies import length_study, sentence_ablation
@@ -39,20 +38,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
-    classification for images with classes, zero-shot segmentation for images with masks, and the parts of prompts in
-    pictures. With several processes (`accelerate launch`), each process encodes a share of the data, and all return
-    the same results.
+    classification for images with classes, zero-shot segmentation for images with masks. With several processes
+    (`accelerate launch`), each process encodes a share of the data, and all return the same results.
 
     Args:
         encoder (`Encoder`): The dual encoder.
-        data (`RetrievalData` or `ClassificationData` or `SegmentationData` or `PromptData`): The data set, for example
-            from [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
+        data (`RetrievalData` or `ClassificationData` or `SegmentationData`): The data set, for example from
+            [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
         benchmark (`str`, *optional*): Name of the benchmark, such as `"iiw"`, which chooses the column of a report.
             Defaults to the name of `data`.
         model_name (`str`, *optional*): Name of the model in the results. Defaults to its folder or Hub id.
         templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): Prompt templates for classes.
-        max_length (`int`, *optional*): Maximum length of a text in tokens, not for prompts. Defaults to the model's
-            maximum.
+        max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
         bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples for the 95 % intervals of R@1; 0
             for no intervals.
         cache (`str` or `os.PathLike`, *optional*): Folder for the cache of embeddings; see
@@ -65,9 +62,7 @@ def evaluate(
         `dict[str, Any]`: JSON-serializable results with the keys `model`, `model_revision`, `model_fingerprint`,
         `task` (the Hub's name of the task), `benchmark`, `dataset`, `data_fingerprint`, `protocol`, `metrics`,
         `versions` and `date`. `metrics` has the names of [`~lotlip_hf.evaluation.retrieval`]; recalls are between 0
-        and 1, and the best rank is 1. Metrics of the first k are left out if there are at most k candidates. The
-        metrics of prompts, and `rows` with those of each prompt, are those of
-        [`~lotlip_hf.evaluation.prompts.prompt_metrics`].
+        and 1, and the best rank is 1. Metrics of the first k are left out if there are at most k candidates.
 
     Raises:
         `IncompleteDataError`: If images cannot be read; the message names them.
@@ -88,11 +83,9 @@ def evaluate(
     # find invalid options before the long computation
     if bootstrap < 0:
         raise ValueError(f"`bootstrap` is {bootstrap}. Pass 0 or more.")
-    if isinstance(data, PromptData) and max_length is not None:
-        raise ValueError(f"`max_length` is {max_length}, but prompts are read as far as the model reads. Omit it.")
     encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
-    fingerprints = _fingerprints(encoder)
+    fingerprints = fingerprints_of(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     of_images = {
         "names": data.image_names,
@@ -123,13 +116,6 @@ def evaluate(
             "search": "exact",
             "bootstrap": bootstrap,
         }
-    elif isinstance(data, PromptData):
-        task = PROMPTS
-        image_embeds = embed_images(encoder, data.images, **of_images)
-        del settings["max_length"]
-        metrics, rows, protocol["num_texts_cut"] = prompt_metrics(encoder, data, image_embeds, **settings)
-        own = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
-        return {"task": task, "metrics": metrics, "rows": rows, **own}
     else:
         class_embeds = class_embeddings(encoder, data.class_names, templates, **settings)
         protocol |= {"templates": list(templates)}
@@ -140,7 +126,7 @@ def evaluate(
             task = "zero-shot-image-classification"
             image_embeds = embed_images(encoder, data.images, **of_images)
             metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
-    record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
+    record = record_of(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": task, "metrics": telling_metrics(metrics, record["protocol"]), **record}
 
 
@@ -174,7 +160,7 @@ def study(
     if not isinstance(data, RetrievalData):
         raise ValueError(f"{data.name} has classes or prompts instead of texts. A study needs a retrieval task.")
     _check(data)
-    fingerprints = _fingerprints(encoder)
+    fingerprints = fingerprints_of(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     settings = {"digests": digests, "cache": cache, "batch_size": batch_size, "progress": progress}
     if kind == "length":
@@ -182,7 +168,7 @@ def study(
     else:
         rows = sentence_ablation(encoder, data, **settings)
     protocol = {"batch_size": batch_size, "similarity": "cosine", "search": "exact"}
-    record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
+    record = record_of(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
 
 
@@ -191,9 +177,7 @@ def _check(data: Data) -> None:
     if isinstance(data, RetrievalData):
         name, indices, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
     elif isinstance(data, PromptData):
-        if not len(data.images) == len(data.prompts) == len(data.parts):
-            raise ValueError(f"`data.parts` has {len(data.parts)} lists. Pass a list for each prompt and image.")
-        return
+        raise ValueError(f"{data.name} has prompts. Call `lotlip_hf.pictures.evaluate_prompts`.")
     elif isinstance(data, SegmentationData):
         if len(data.masks) != len(data.images):
             raise ValueError(f"`data.masks` has {len(data.masks)} masks. Pass {len(data.images)}.")
@@ -204,11 +188,12 @@ def _check(data: Data) -> None:
         raise ValueError(f"`data.{name}` is invalid. Pass {count} indices from 0 to {number - 1}.")
 
 
-def _fingerprints(encoder: Encoder) -> dict[str, str]:
+def fingerprints_of(encoder: Encoder) -> dict[str, str]:
+    """Returns the fingerprints of both towers of a model."""
     return {"image": encoder.fingerprint("image"), "text": encoder.fingerprint("text")}
 
 
-def _record(
+def record_of(
     encoder: Encoder,
     data: Data,
     fingerprints: dict[str, str],

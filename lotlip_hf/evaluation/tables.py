@@ -116,7 +116,7 @@ def prompt_table(metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
     Formats the scores of prompts as a text table, with the means in the last row.
 
     Args:
-        metrics (`Mapping[str, float]`): Means from [`~lotlip_hf.evaluation.prompts.prompt_metrics`].
+        metrics (`Mapping[str, float]`): Means from [`~lotlip_hf.pictures.prompt_metrics`].
         rows (`Sequence[Mapping[str, Any]]`): Rows from the same function.
         protocol (`Mapping[str, Any]`): Protocol of the results.
 

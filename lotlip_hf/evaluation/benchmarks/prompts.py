@@ -9,7 +9,7 @@ from typing import Any
 from ...data.readers import every_row
 from ...files import printable
 from ...images import ImageError, ImageSource
-from ..prompts import find_phrase
+from ...words import find_phrase
 from ..tasks import Part
 from .collect import Row, Source, Task
 from .files import field_of, string_of

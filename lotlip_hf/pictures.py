@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..distributed import gather_lists, rank, world_size
-from ..encoder import Encoder
-from ..engines.torch import described, tokenizer_settings
-from ..files import replacing
-from ..metrics import composed_score, word_alignment
-from ..terminal import progress_bar
-from ..words import Word, split_words
-from .embeddings import embed_texts
-from .tables import ROUNDING
-from .tasks import PromptData
+from .distributed import gather_lists, rank, world_size
+from .encoder import Encoder
+from .engines.torch import described, tokenizer_settings
+from .evaluation.embeddings import embed_images, embed_texts, image_digests
+from .evaluation.evaluate import fingerprints_of, record_of
+from .evaluation.tables import PROMPTS, ROUNDING
+from .evaluation.tasks import PromptData
+from .files import replacing
+from .metrics import composed_score, word_alignment
+from .terminal import progress_bar
+from .words import Word, find_phrase, split_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -116,32 +117,64 @@ def pipeline_fingerprint(pipe: "DiffusionPipeline") -> str:
     return digest.hexdigest()
 
 
-def find_phrase(text: str, phrase: str) -> Word | None:
+def evaluate_prompts(
+    encoder: Encoder,
+    data: PromptData,
+    *,
+    benchmark: str | None = None,
+    model_name: str | None = None,
+    cache: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """
-    Finds the first occurrence of the words of a phrase in a text. Case and punctuation do not matter.
+    Scores the pictures of prompts by the parts that the prompts ask for. Arguments not listed here are those of
+    [`~lotlip_hf.evaluation.evaluate.evaluate`].
 
     Args:
-        text (`str`): A text.
-        phrase (`str`): A phrase.
+        data (`PromptData`): Prompts with their parts and pictures, such as from [`draw_prompts`].
 
     Returns:
-        `Word` or `None`: The occurrence with its start and end in the text.
+        `dict[str, Any]`: Results as from [`~lotlip_hf.evaluation.evaluate.evaluate`], with the metrics of
+        [`prompt_metrics`], and in `rows` those of each prompt.
+
+    Raises:
+        `IncompleteDataError`: If pictures cannot be read; the message names them.
+        `ValueError`: If a part is no phrase of its prompt, or if the encoder does not run in transformers.
 
     Example:
 
     ```python
-    >>> from lotlip_hf.evaluation.prompts import find_phrase
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.evaluation.tasks import Part, PromptData
+    >>> from lotlip_hf.pictures import evaluate_prompts
 
-    >>> find_phrase("A cat, on a red sofa.", "a RED sofa")
-    Word(text='a red sofa', start=10, end=20)
+    >>> prompts, parts = ["A ginger cat."], [[Part("cat"), Part("ginger")]]
+    >>> data = PromptData("mine", "mine", ["photos/cat.png"], ["cat"], prompts, parts)
+    >>> results = evaluate_prompts(load_encoder("checkpoint"), data)
+    >>> 0 <= results["metrics"]["supported_parts"] <= 1
+    True
     ```
     """
-    words, wanted = split_words(text), [word.text.casefold() for word in split_words(phrase)]
-    for first in range(len(words) - len(wanted) + 1 if wanted else 0):
-        own = words[first : first + len(wanted)]
-        if [word.text.casefold() for word in own] == wanted:
-            return Word(text[own[0].start : own[-1].end], own[0].start, own[-1].end)
-    return None
+    if not len(data.images) == len(data.prompts) == len(data.parts):
+        raise ValueError(f"`data.parts` has {len(data.parts)} lists. Pass a list for each prompt and image.")
+    fingerprints = fingerprints_of(encoder)
+    digests = image_digests(data.images, names=data.image_names, progress=progress)
+    image_embeds = embed_images(
+        encoder,
+        data.images,
+        names=data.image_names,
+        digests=digests,
+        cache=cache,
+        batch_size=batch_size or 32,
+        fingerprint=fingerprints["image"],
+        progress=progress,
+    )
+    settings = {"cache": cache, "batch_size": batch_size or 64, "fingerprint": fingerprints["text"]}
+    metrics, rows, num_cut = prompt_metrics(encoder, data, image_embeds, **settings, progress=progress)
+    protocol = {"batch_size": batch_size, "num_texts_cut": num_cut, "similarity": "cosine"}
+    record = record_of(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
+    return {"task": PROMPTS, "metrics": metrics, "rows": rows, **record}
 
 
 def without_span(text: str, span: Word) -> str:

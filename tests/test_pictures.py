@@ -16,12 +16,12 @@ import tiny_diffusion
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.encoder import Encoder, load_encoder
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
-from lotlip_hf.evaluation.evaluate import evaluate
-from lotlip_hf.evaluation.prompts import draw_prompts, find_phrase, pipeline_fingerprint
 from lotlip_hf.evaluation.tasks import IncompleteDataError, Part, PromptData
 from lotlip_hf.metrics import clip_score, composed_score, word_alignment
+from lotlip_hf.pictures import draw_prompts, evaluate_prompts, pipeline_fingerprint
 from lotlip_hf.scenes.dataset import regions, render, scene
 from lotlip_hf.scenes.small import small_model
+from lotlip_hf.words import find_phrase
 
 PROMPTS = [
     {"prompt": "a red house, and a cat", "parts": ["red house", {"text": "a cat", "box": [0, 0, 0.5, 1]}]},
@@ -93,7 +93,7 @@ def test_wrong_rows_are_refused(change: dict[str, Any], word: str, tmp_path: Pat
 
 def test_prompts_without_images_need_a_pipeline(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(IncompleteDataError, match="--pipeline"):
-        evaluate(encoder, load(write(tmp_path, PROMPTS)), progress=False)
+        evaluate_prompts(encoder, load(write(tmp_path, PROMPTS)), progress=False)
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         load(tmp_path / "none.jsonl")
 
@@ -110,7 +110,7 @@ def test_phrases_are_found_by_their_words(phrase: str, found: str | None) -> Non
 
 def test_scores_are_those_of_the_metrics(encoder: Encoder, tmp_path: Path) -> None:
     data = load(with_images(tmp_path))
-    results = evaluate(encoder, data, progress=False)
+    results = evaluate_prompts(encoder, data, progress=False)
     images, prompts = list(data.images), list(data.prompts)
     rows, metrics = results["rows"], results["metrics"]
     expected = clip_score(images, prompts, encoder)
@@ -146,7 +146,7 @@ def test_words_that_the_model_does_not_read_are_not_supported(tmp_path: Path) ->
     encoder = Encoder(*small_model(hidden_size=16, max_text_length=8))
     with_images(tmp_path)
     row = {"prompt": "a red star, a blue circle, a green cross", "parts": ["green cross"], "image": "0.png"}
-    results = evaluate(encoder, load(write(tmp_path, [row])), progress=False)
+    results = evaluate_prompts(encoder, load(write(tmp_path, [row])), progress=False)
     assert results["metrics"]["supported_parts"] == results["metrics"]["supported_words"] == 0
     assert results["rows"][0]["words"][0]["word_alignment"] is None
     assert results["protocol"]["num_texts_cut"] == 1
@@ -186,6 +186,27 @@ def test_an_interrupted_run_continues(pipeline: Path, tmp_path: Path) -> None:
     assert other.protocol["seed"] == 5
 
 
+@pytest.mark.parametrize("where", ["pipeline", "component", "weights"])
+def test_a_pipeline_runs_no_code(where: str, pipeline: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    shutil.copytree(pipeline, tmp_path / "evil")
+    index = json.loads((tmp_path / "evil" / "model_index.json").read_text())
+    code = f"open({str(marker)!r}, 'w').close()\nfrom diffusers import StableDiffusionPipeline as Own\n"
+    if where == "pipeline":
+        index["_class_name"] = ["own", "Own"]
+        (tmp_path / "evil" / "own.py").write_text(code)
+    elif where == "component":
+        index["unet"] = ["own", "Own"]
+        (tmp_path / "evil" / "unet" / "own.py").write_text(code)
+    else:
+        (file,) = (tmp_path / "evil" / "unet").glob("*.safetensors")
+        file.rename(file.with_suffix(".bin"))
+    (tmp_path / "evil" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises((OSError, ValueError)):
+        draw_prompts(load(write(tmp_path, PROMPTS)), tmp_path / "evil", tmp_path / "drawn", progress=False)
+    assert not marker.exists()
+
+
 def test_the_command(encoder: Encoder, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in (encoder.engine.model, encoder.engine.processor):
         part.save_pretrained(tmp_path / "model")
@@ -220,7 +241,7 @@ def test_pictures_that_have_the_parts_score_above_others(trained_on_scenes: Path
     scenes = [scene(index, split="test") for index in range(48)]
     for number, one in enumerate(scenes):
         render(one).save(tmp_path / f"{number}.png")
-    metrics = {}
+    metrics, encoder = {}, load_encoder(trained_on_scenes, device="cpu")
     for shift in (0, 7):  # the own picture, and one of another group
         rows = [
             {
@@ -231,7 +252,9 @@ def test_pictures_that_have_the_parts_score_above_others(trained_on_scenes: Path
             for number, one in enumerate(scenes)
         ]
         data = load(write(tmp_path, rows))
-        metrics[shift] = evaluate(load_encoder(trained_on_scenes, device="cpu"), data, progress=False)["metrics"]
+        metrics[shift] = evaluate_prompts(load_encoder(trained_on_scenes, device="cpu"), data, progress=False)[
+            "metrics"
+        ]
     assert metrics[0]["supported_parts"] > 0.8
     assert metrics[7]["supported_parts"] < 0.6
     for name, least in (("supported_words", 0.05), ("composed_score", 0.3), ("clip_score", 30)):
