@@ -252,9 +252,7 @@ def test_pictures_that_have_the_parts_score_above_others(trained_on_scenes: Path
             for number, one in enumerate(scenes)
         ]
         data = load(write(tmp_path, rows))
-        metrics[shift] = evaluate_prompts(load_encoder(trained_on_scenes, device="cpu"), data, progress=False)[
-            "metrics"
-        ]
+        metrics[shift] = evaluate_prompts(encoder, data, progress=False)["metrics"]
     assert metrics[0]["supported_parts"] > 0.8
     assert metrics[7]["supported_parts"] < 0.6
     for name, least in (("supported_words", 0.05), ("composed_score", 0.3), ("clip_score", 30)):
