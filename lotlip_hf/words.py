@@ -48,6 +48,34 @@ def split_words(text: str) -> list[Word]:
     return [Word(text[found.start() : found.end()], *found.span()) for found in WORD.finditer(kinds)]
 
 
+def find_phrase(text: str, phrase: str) -> Word | None:
+    """
+    Finds the first occurrence of the words of a phrase in a text. Case and punctuation do not matter.
+
+    Args:
+        text (`str`): A text.
+        phrase (`str`): A phrase.
+
+    Returns:
+        `Word` or `None`: The occurrence with its start and end in the text.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.words import find_phrase
+
+    >>> find_phrase("A cat, on a red sofa.", "a RED sofa")
+    Word(text='a red sofa', start=10, end=20)
+    ```
+    """
+    words, wanted = split_words(text), [word.text.casefold() for word in split_words(phrase)]
+    for first in range(len(words) - len(wanted) + 1 if wanted else 0):
+        own = words[first : first + len(wanted)]
+        if [word.text.casefold() for word in own] == wanted:
+            return Word(text[own[0].start : own[-1].end], own[0].start, own[-1].end)
+    return None
+
+
 def to_words(values: Tensor, offsets: Sequence[tuple[int, int]], words: Sequence[Word]) -> Tensor:
     """
     Adds up the values of tokens over words.

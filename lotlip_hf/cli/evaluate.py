@@ -13,11 +13,13 @@ from ..terminal import print_tables
 from .model import PatchOptions
 
 DESCRIPTION = """\
-Evaluate a model on a benchmark: retrieval in both directions, zero-shot classification or zero-shot segmentation.
-Embeddings are kept, so an interrupted command continues when it is run again.
+Evaluate a model on a benchmark: retrieval in both directions, zero-shot classification or zero-shot segmentation; or
+with a model the pictures of a diffusion pipeline. Embeddings and pictures are kept, so an interrupted command
+continues when it is run again.
 
   lotlip evaluate --list-tasks
   lotlip evaluate --model checkpoint --task urban1k --data Urban1k --output urban1k.json
+  lotlip evaluate --model checkpoint --task prompts --data prompts.jsonl --pipeline stable-diffusion --pictures drawn
 
 Several processes can share the work.
 
@@ -57,7 +59,13 @@ class EvaluationConfig(PatchOptions):
         "Samples for the intervals of R@1; 0 for no intervals (default: 1000)", None, at_least=0
     )
 
-    data: str | None = option("Folder of the data set, or its Hub id", None, group="Data")
+    pipeline: str | None = option("Folder or Hub id of a diffusion pipeline that draws the prompts", None)
+    pictures: str | None = option("Folder of the drawn pictures, from which a run continues", None, metavar="FOLDER")
+    seed: int | None = option(
+        "Seed of the first drawn picture; the next has the next seed (default: 0)", None, at_least=0
+    )
+
+    data: str | None = option("Folder of the data set, its Hub id, or the file of prompts", None, group="Data")
     data_revision: str | None = option("Revision of the data set on the Hub (default: main)", None)
     data_config: str | None = option("Configuration of a data set on the Hub that has several", None)
     split: str | None = option("Split of the data set, where the task or the data has several", None)
@@ -101,6 +109,14 @@ class EvaluationConfig(PatchOptions):
             for name in ("templates", "class_descriptions", "max_length"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"Pass either --prompts or --{name.replace('_', '-')}.")
+        is_drawn = self.task == "prompts"
+        self.refuse(
+            ("bootstrap", "max_length", "templates", "class_descriptions", "prompts")
+            if is_drawn
+            else ("pipeline", "pictures", "seed")
+        )
+        if (self.pipeline is None) != (self.pictures is None) or (self.pipeline is None and self.seed is not None):
+            raise ValueError("--pipeline and --pictures need each other, and --seed needs both. Pass them together.")
         if self.overwrite and self.output is None:
             raise ValueError("--overwrite needs --output. Pass the file to write.")
         if self.no_cache and self.cache is not None:
@@ -158,8 +174,9 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     from ..evaluation.benchmarks.registry import load_benchmark
     from ..evaluation.evaluate import evaluate, results_table, study, write_results
     from ..evaluation.studies import plot_length_study, plot_sentence_ablation
-    from ..evaluation.tasks import ClassificationData, RetrievalData
+    from ..evaluation.tasks import ClassificationData, PromptData, RetrievalData
     from ..evaluation.zero_shot import read_class_descriptions, read_templates
+    from ..pictures import draw_prompts, evaluate_prompts
     from ..plots import check_plot
     from ..prompts import load_prompts
 
@@ -188,7 +205,12 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     encoder = config.load(config.revision)
     if config.prompts is not None:
         own["prompts"] = load_prompts(config.prompts, encoder)
-    if kind is not None:
+    if isinstance(data, PromptData) and kind is None:
+        if config.pipeline is not None and config.pictures is not None:
+            drawing = {"seed": config.seed or 0, "device": encoder.device, "progress": is_main_process}
+            data = draw_prompts(data, config.pipeline, config.pictures, **drawing)
+        results = evaluate_prompts(encoder, data, **settings)
+    elif kind is not None:
         results = study(encoder, data, kind, limits=config.limits, **settings)
     else:
         results = evaluate(encoder, data, **own, **settings)

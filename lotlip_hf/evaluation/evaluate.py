@@ -20,8 +20,8 @@ from .embeddings import embed_images, embed_texts, image_digests
 from .retrieval import accuracies, retrieval_metrics, telling_metrics
 from .segmentation import segmentation_metrics
 from .studies import length_study, sentence_ablation
-from .tables import RETRIEVAL, SEGMENTATION, metric_table, study_table, table
-from .tasks import ClassificationData, RetrievalData, SegmentationData
+from .tables import PROMPTS, RETRIEVAL, SEGMENTATION, metric_table, prompt_table, study_table, table
+from .tasks import ClassificationData, Data, PromptData, RetrievalData, SegmentationData
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings, class_texts
 
 LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "numpy")
@@ -29,7 +29,7 @@ LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "nump
 
 def evaluate(
     encoder: Encoder,
-    data: RetrievalData | ClassificationData | SegmentationData,
+    data: Data,
     *,
     benchmark: str | None = None,
     model_name: str | None = None,
@@ -153,7 +153,7 @@ def evaluate(
             task = "zero-shot-image-classification"
             image_embeds = embed_images(encoder, data.images, **of_images)
             metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
-    record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
+    record = record_of(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": task, "metrics": telling_metrics(metrics, record["protocol"]), **record}
 
 
@@ -182,10 +182,10 @@ def study(
         `dict[str, Any]`: Results as from [`evaluate`], with `study` and `rows` instead of `metrics`.
 
     Raises:
-        `ValueError`: If `data` has classes instead of texts, or `limits` is invalid.
+        `ValueError`: If `data` has classes or prompts instead of texts, or `limits` is invalid.
     """
     if not isinstance(data, RetrievalData):
-        raise ValueError(f"{data.name} has classes instead of texts. A study needs a retrieval task.")
+        raise ValueError(f"{data.name} has classes or prompts instead of texts. A study needs a retrieval task.")
     _check(data)
     fingerprints = encoder.fingerprints()
     digests = image_digests(data.images, names=data.image_names, progress=progress)
@@ -195,14 +195,16 @@ def study(
     else:
         rows = sentence_ablation(encoder, data, **settings)
     protocol = {"batch_size": batch_size, "similarity": "cosine", "search": "exact"}
-    record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
+    record = record_of(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
 
 
-def _check(data: RetrievalData | ClassificationData | SegmentationData) -> None:
+def _check(data: Data) -> None:
     """Raises a `ValueError` if the indices of the data do not match its images, texts or classes."""
     if isinstance(data, RetrievalData):
         name, indices, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
+    elif isinstance(data, PromptData):
+        raise ValueError(f"{data.name} has prompts. Call `lotlip_hf.pictures.evaluate_prompts`.")
     elif isinstance(data, SegmentationData):
         if len(data.masks) != len(data.images):
             raise ValueError(f"`data.masks` has {len(data.masks)} masks. Pass {len(data.images)}.")
@@ -213,9 +215,7 @@ def _check(data: RetrievalData | ClassificationData | SegmentationData) -> None:
         raise ValueError(f"`data.{name}` is invalid. Pass {count} indices from 0 to {number - 1}.")
 
 
-def _check_prompts(
-    prompts: PromptedClasses | MixedPrompts, data: RetrievalData | ClassificationData | SegmentationData
-) -> None:
+def _check_prompts(prompts: PromptedClasses | MixedPrompts, data: Data) -> None:
     """Raises a `ValueError` if learnt prompts do not have the classes of the data."""
     if not isinstance(data, ClassificationData):
         raise ValueError(f"`prompts` (--prompts) are for classification, but {data.name} is another task.")
@@ -228,9 +228,9 @@ def _check_prompts(
         )
 
 
-def _record(
+def record_of(
     encoder: Encoder,
-    data: RetrievalData | ClassificationData | SegmentationData,
+    data: Data,
     fingerprints: dict[str, str],
     digests: Sequence[str],
     benchmark: str | None,
@@ -241,6 +241,9 @@ def _record(
     if isinstance(data, RetrievalData):
         counts = {"num_images": len(data.images), "num_texts": len(data.texts)}
         contents: Any = [list(data.texts), [int(index) for index in data.text_to_image]]
+    elif isinstance(data, PromptData):
+        counts = {"num_images": len(data.images)}
+        contents = [list(data.prompts), list(data.parts)]
     else:
         counts = {"num_images": len(data.images), "num_classes": len(data.class_names)}
         is_segmentation = isinstance(data, SegmentationData)
@@ -286,12 +289,16 @@ def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Formats results as a text table: recalls in both directions, accuracies, or the rows of a study."""
+    """Formats results as text: recalls in both directions, accuracies, scores of prompts, or the rows of a study."""
     protocol, dataset = results["protocol"], results["dataset"]
     title = f"{results['model']} on {dataset['name']}" + (f" ({dataset['split']})" if dataset["split"] else "")
     title = f"{printable(title)}: {protocol['num_images']} images, "
     if "study" in results:
         return f"{title}{protocol['num_texts']} texts\n" + study_table(results["study"], results["rows"])
+    if results["task"] == PROMPTS:
+        return f"{title}{protocol['num_texts_cut']} prompts cut at {protocol['max_length']} tokens\n" + prompt_table(
+            results["metrics"], results["rows"], protocol
+        )
     head, rows = metric_table(results["task"], results["metrics"])
     if results["task"] != RETRIEVAL:
         return f"{title}{protocol['num_classes']} classes\n" + table([head], rows, "text", left=0)

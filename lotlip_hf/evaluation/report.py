@@ -13,7 +13,7 @@ from ..files import check_output, markdown_text, replacing
 from ..plots import COLOURS, check_plot, figure, save, wrapped
 from .published import PAPER, PAPER_COLUMNS, PUBLISHED
 from .runs import METRICS, Column, Run, Summary, summarise
-from .tables import RETRIEVAL, SEGMENTATION, Format, metric_table, study_table, table
+from .tables import PROMPTS, RETRIEVAL, SEGMENTATION, Format, metric_table, study_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,11 +23,13 @@ PANEL_TITLES = {
     "text_to_image_r1": "R@1 (%), text to image",
     "accuracy_top1": "top-1 accuracy (%)",
     "mean_iou": "mean IoU (%)",
+    "supported_parts": "parts of prompts (%)",
 }
 DETAILS = {
     RETRIEVAL: "Retrieval runs in full",
     "zero-shot-image-classification": "Classification runs in full",
     SEGMENTATION: "Segmentation runs in full",
+    PROMPTS: "Prompts in full",
 }
 STUDY_TITLES = {"length": "Texts cut at several lengths", "sentences": "One sentence removed"}
 # Hatches of bars. If there are more models than colours, the colours repeat with another hatch.
@@ -139,7 +141,7 @@ def report_tables(summary: Summary, format: Format = "text") -> str:
             ]
             for model in [*(f"{model} (published)" for model in PUBLISHED), *summary.models]
         ]
-        blocks += [title("R@1, top-1 accuracy and mIoU (%)"), table(head, body, format)]
+        blocks += [title("R@1, top-1 accuracy, mIoU and supported parts (%)"), table(head, body, format)]
         blocks.append(_lines([f"Published: {PAPER}.", *summary.notes], format))
         for task, heading in DETAILS.items():
             own = [run for run in summary.runs.values() if run.task == task]
@@ -156,7 +158,7 @@ def _details(task: str, runs: Sequence[Run], format: Format) -> str:
     """Formats a table with all metrics of the runs of a task."""
     counts = {"num_images": "images", "num_texts": "texts", "num_texts_cut": "texts cut", "max_length": "max tokens"}
     if task != RETRIEVAL:
-        counts = {"num_images": "images", "num_classes": "classes"}
+        counts = {"num_images": "images", **({} if task == PROMPTS else {"num_classes": "classes"})}
     head, body = metric_table(task, {})
     body = [
         [run.label, run.column.title, *(str(run.protocol.get(count, "-")) for count in counts), *row]

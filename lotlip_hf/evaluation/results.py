@@ -16,7 +16,7 @@ CAPTIONS = ("all", "long", "short")
 # Names of metrics and study columns that are shares from 0 to 1
 SHARE = re.compile(
     r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut|"
-    r"(calibrated_)?(mean_iou|pixel_accuracy)"
+    r"(calibrated_)?(mean_iou|pixel_accuracy)|supported_(parts|words)"
 )
 # String fields of a results file and of its `dataset`
 TEXTS = (

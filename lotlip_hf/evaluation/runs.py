@@ -17,17 +17,19 @@ from .benchmarks.registry import TASKS
 from .published import PAPER_COLUMNS
 from .results import CAPTIONS, SHARE, entries_of, parsed
 from .retrieval import telling_metrics
-from .tables import RETRIEVAL, SEGMENTATION, STUDIES, study_table
+from .tables import PROMPTS, RETRIEVAL, SEGMENTATION, STUDIES, shortened, study_table
 
 # Metrics that a report shows for each task.
 METRICS = {
     RETRIEVAL: {"image_to_text_r1": "I2T", "text_to_image_r1": "T2I"},
     "zero-shot-image-classification": {"accuracy_top1": "top-1"},
     SEGMENTATION: {"mean_iou": "mIoU"},
+    PROMPTS: {"supported_parts": "parts"},
 }
 # Fields of a protocol that are counts, or settings that do not change a number of the report.
 NO_RULES = {
     *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
+    *("pipeline_fingerprint", "pipeline_parameters"),  # with other pictures, the data differ
     *("bootstrap", "batch_size", "max_length_asked"),  # `max_length` includes `max_length_asked`
 }
 # Fields of a protocol that choose the texts of a data set. Runs on different texts get different columns.
@@ -283,7 +285,7 @@ def _words(rule: str, value: Any) -> str:
     if rule == "max_length":
         return f"{value} tokens"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return _short(text if rule in (*TEXT_RULES, "part", "file") else f"{rule} {text}")
+    return shortened(text if rule in (*TEXT_RULES, "part", "file") else f"{rule} {text}", 60)
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:
@@ -347,7 +349,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
             value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)
             models.setdefault(value, []).append(run.label)
         if len(models) > 1:
-            values = "; ".join(f"{_short(value)} for {', '.join(labels)}" for value, labels in models.items())
+            values = "; ".join(f"{shortened(value, 60)} for {', '.join(labels)}" for value, labels in models.items())
             notes.append(f"{runs[0].column.title}: `{name}` differs: {values}.")
     return notes
 
@@ -360,7 +362,3 @@ def _check_numbers(where: str, numbers: Mapping[str, Any]) -> None:
         low, high = (0, 1) if SHARE.fullmatch(name) else (1 if name.endswith("_rank") else -sys.float_info.max, None)
         if not low <= value <= (high or sys.float_info.max):
             raise ValueError(f"`{where}.{name}` is {value}; shares are from 0 to 1, ranks from 1")
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -23,6 +23,16 @@ OVERLAPS = {
     "calibrated_mean_iou": "calibrated mIoU (%)",
     "calibrated_pixel_accuracy": "calibrated pixels (%)",
 }
+PROMPTS = "text-to-image"
+ROUNDING = 1e-6  # of cosines: texts with the same tokens, such as those cut before a word, are equal
+# Title and factor of each score of prompts.
+SCORES = {
+    "supported_parts": ("parts (%)", 100),
+    "supported_words": ("words (%)", 100),
+    "composed_score": ("composed x 100", 100),
+    "clip_score": ("CLIPScore", 1),
+}
+TINY_PIPELINE = 50_000_000  # parameters; those of Stable Diffusion 1.5 are 20 times as many
 # Title, factor and format of each column of a study.
 STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
     "length": {
@@ -74,9 +84,10 @@ def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], li
     Formats metrics for [`table`], with a row for each direction of retrieval or one row.
 
     Args:
-        task (`str`): `"image-text-retrieval"`, `"zero-shot-image-classification"` or `"image-segmentation"`.
-        metrics (`Mapping[str, float]`): Metrics by name: shares from 0 to 1, shown in percent, and ranks. A missing
-            metric is shown as `-`.
+        task (`str`): `"image-text-retrieval"`, `"zero-shot-image-classification"`, `"image-segmentation"` or
+            `"text-to-image"`.
+        metrics (`Mapping[str, float]`): Metrics by name: shares from 0 to 1, shown in percent, scores and ranks. A
+            missing metric is shown as `-`.
 
     Returns:
         `tuple[list[str], list[list[str]]]`: The titles of the columns, and the rows.
@@ -85,6 +96,8 @@ def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], li
     def percent(name: str) -> str:
         return f"{100 * metrics[name]:.2f}" if name in metrics else "-"
 
+    if task == PROMPTS:
+        return [title for title, _ in SCORES.values()], [_scores(metrics)]
     if task != RETRIEVAL:
         shares = OVERLAPS if task == SEGMENTATION else ACCURACIES
         return list(shares.values()), [[percent(name) for name in shares]]
@@ -96,6 +109,41 @@ def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], li
         rank = metrics.get(f"{direction}_median_rank")
         rows.append([name, first, interval, *others, "-" if rank is None else f"{rank:g}"])
     return list(RETRIEVAL_HEAD), rows
+
+
+def prompt_table(metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any]) -> str:
+    """
+    Formats the scores of prompts as a text table, with the means in the last row.
+
+    Args:
+        metrics (`Mapping[str, float]`): Means from [`~lotlip_hf.pictures.prompt_metrics`].
+        rows (`Sequence[Mapping[str, Any]]`): Rows from the same function.
+        protocol (`Mapping[str, Any]`): Protocol of the results.
+
+    Returns:
+        `str`: The table. A line below it says so if the pipeline is too small to draw what prompts say.
+    """
+    cells = []
+    for row in rows:
+        missing = ", ".join(part["text"] for part in row["parts"] if part["cosine_lost"] <= ROUNDING)
+        cells.append([shortened(row["prompt"], 40), shortened(missing, 40), *_scores(row)])
+    head = ["prompt", "unsupported parts", *(title for title, _ in SCORES.values())]
+    text = table([head], [*cells, ["mean", "", *_scores(metrics)]], "text", left=2)
+    if protocol.get("pipeline_parameters", TINY_PIPELINE) < TINY_PIPELINE:
+        number = f"{protocol['pipeline_parameters']:,}"
+        text += (
+            f"\n\nThe pipeline has {number} parameters: this checks the machinery, and the scores say nothing else."
+        )
+    return text
+
+
+def _scores(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{factor * metrics[name]:.2f}" if name in metrics else "-" for name, (_, factor) in SCORES.items()]
+
+
+def shortened(text: str, most: int) -> str:
+    """Returns a text with at most a number of characters, the last ones dots if it is cut."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: Format, left: int = 1) -> str:

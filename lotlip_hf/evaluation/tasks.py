@@ -1,9 +1,9 @@
-"""Data for an evaluation: images with texts, with classes, or with masks of classes."""
+"""Data for an evaluation: images with texts, with classes, with masks of classes, or with parts of their prompts."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..images import ImageSource
 
@@ -83,3 +83,36 @@ class SegmentationData:
     split: str | None = None
     revision: str | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Part(NamedTuple):
+    """A phrase of a prompt, and optionally its box x0, y0, x1, y1, in [0, 1] from the top left corner."""
+
+    text: str
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """
+    Prompts and what must be in their pictures. Fields not listed here are those of [`RetrievalData`].
+
+    Args:
+        images (`Sequence[ImageSource]`): The picture of each prompt, [I].
+        prompts (`Sequence[str]`): Prompts, [I].
+        parts (`Sequence[Sequence[Part]]`): Parts of each prompt, [I]: phrases that occur in the prompt.
+    """
+
+    id: str
+    name: str
+    images: Sequence[ImageSource]
+    image_names: Sequence[str]
+    prompts: Sequence[str]
+    parts: Sequence[Sequence[Part]]
+    split: str | None = None
+    revision: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+
+# What an evaluation can score.
+Data = RetrievalData | ClassificationData | SegmentationData | PromptData

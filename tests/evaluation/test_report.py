@@ -181,7 +181,7 @@ def test_splits_have_columns_of_their_own(tmp_path: Path) -> None:
 def test_markdown(tmp_path: Path) -> None:
     files = save(tmp_path, results(model="a|b"), results("imagenet-1k", model="a|b"))
     lines = report(files, format="markdown").splitlines()
-    assert lines[0] == "**R@1, top-1 accuracy and mIoU (%)**"
+    assert lines[0] == "**R@1, top-1 accuracy, mIoU and supported parts (%)**"
     table = [line for line in lines if line.startswith("|")]
     titles = [f"{column} {way}" for column in PAPER_COLUMNS.values() for way in ("I2T", "T2I")]
     assert table[0] == f"| model | {' | '.join(titles)} | ImageNet-1k top-1 |"

@@ -108,6 +108,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
         tiny_clip.save_clip(folder / name)
     convert_clip(folder / "clip", folder / "lotlip-clip", max_positions=248)
     tiny_diffusion.pipeline("sd").save_pretrained(folder / "stable-diffusion")
+    described = {"prompt": "A red house by a lake, and a cat.", "parts": ["red house", {"text": "a cat"}]}
+    (folder / "prompts.jsonl").write_text(json.dumps(described) + "\n", encoding="utf-8")
     prompts = (f"a {first} and the {second} of a house" for first in tiny_clip.WORDS for second in tiny_clip.WORDS)
     (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     return folder

@@ -42,7 +42,7 @@ FLOORS = (
     ("search", "grid", "embed"),
     ("shards",),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
-    ("hub", "explain", "explain_page", "demo"),
+    ("hub", "explain", "explain_page", "demo", "pictures"),
     ("__init__",),
     ("cli", "__main__"),
 )

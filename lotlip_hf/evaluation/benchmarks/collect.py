@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from ...data.sentences import split_full_stops
 from ...images import ImageSource
-from ..tasks import ClassificationData, IncompleteDataError, RetrievalData, SegmentationData
+from ..tasks import ClassificationData, Data, IncompleteDataError, Part, PromptData, RetrievalData, SegmentationData
 from .files import ImageFinder, shown
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Options:
 @dataclass(frozen=True)
 class Row:
     """
-    An image of a benchmark, with its texts, its class or its mask.
+    An image of a benchmark, with its texts, its class, its mask or the parts of its prompt.
 
     Args:
         name (`str`): Name of the image in messages.
@@ -74,6 +74,7 @@ class Row:
         texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing caption.
         label (`int`, *optional*): Index of its class.
         mask (`Path`, *optional*): PNG file of the class of each pixel.
+        parts (`Sequence[Part]`, *optional*): Parts of its only text, which is a prompt.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Row:
     texts: Sequence[str | None] = ()
     label: int | None = None
     mask: Path | None = None
+    parts: Sequence[Part] | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def normalize_caption(text: str) -> str:
     return ". ".join(split_full_stops(text))
 
 
-def collect(source: Source) -> RetrievalData | ClassificationData | SegmentationData:
+def collect(source: Source) -> Data:
     """
     Reads a benchmark, finds its images and normalises its captions.
 
@@ -252,7 +254,7 @@ def collect(source: Source) -> RetrievalData | ClassificationData | Segmentation
         source (`Source`): The data of the task.
 
     Returns:
-        `RetrievalData`, `ClassificationData` or `SegmentationData`: The data set.
+        `RetrievalData`, `ClassificationData`, `SegmentationData` or `PromptData`: The data set.
 
     Raises:
         `IncompleteDataError`: If images, captions or classes are missing; the message names the first of each.
@@ -269,7 +271,7 @@ def collect(source: Source) -> RetrievalData | ClassificationData | Segmentation
     images: list[Any] = [row.load or finder.find(*row.images) for row in rows]
     for row, image in zip(rows, images, strict=True):
         if image is None:
-            name = os.path.relpath(row.images[0], source.data) if row.images else row.name
+            name = os.path.relpath(row.images[0], source.roots[0]) if row.images else row.name
             missing.setdefault("images", []).append(name)
         if source.classes is not None and row.label is None and row.mask is None:
             missing.setdefault("classes", []).append(row.name)
@@ -317,6 +319,9 @@ def collect(source: Source) -> RetrievalData | ClassificationData | Segmentation
             )
         source.protocol["class_names"] = source.classes.source
         return ClassificationData(labels=labels, class_names=source.classes.names, **common)
+    parts = [row.parts for row in rows if row.parts is not None]
+    if parts:
+        return PromptData(prompts=texts, parts=parts, **common)
     if source.is_whole and task.num_texts is not None and len(texts) < task.num_texts:
         problem = f"its {len(rows)} images have {len(texts)} texts instead of {task.num_texts}"
         raise source.incomplete(problem, suggest_part=True)

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from ...data.records import is_hub_name
-from ..tasks import ClassificationData, RetrievalData, SegmentationData
+from ..tasks import Data
 from . import (
     classification,
     dci,
@@ -18,6 +18,7 @@ from . import (
     imagenet,
     imagenet_v2,
     karpathy,
+    prompts,
     retrieval,
     scenes,
     segmentation,
@@ -42,6 +43,7 @@ TASKS = {
         classification.TASK,
         segmentation.TASK,
         retrieval.TASK,
+        prompts.TASK,
         scenes.TASK,
     )
 }
@@ -52,11 +54,9 @@ STUDIES = {
 }
 
 
-def load_benchmark(
-    task: str, data: str | os.PathLike | None = None, **options: Any
-) -> RetrievalData | ClassificationData | SegmentationData:
+def load_benchmark(task: str, data: str | os.PathLike | None = None, **options: Any) -> Data:
     """
-    Reads a benchmark: images with texts, with classes, or with masks of classes.
+    Reads a benchmark: images with texts, with classes, with masks of classes, or with the parts of their prompts.
 
     Args:
         task (`str`): Key of a task in `TASKS`, such as `"iiw"`.
@@ -65,7 +65,8 @@ def load_benchmark(
         **options: Fields of [`~lotlip_hf.evaluation.benchmarks.collect.Options`] that the task supports.
 
     Returns:
-        `RetrievalData`, `ClassificationData` or `SegmentationData`: The data set. Its `protocol` records the settings.
+        `RetrievalData`, `ClassificationData`, `SegmentationData` or `PromptData`: The data set. Its
+            `protocol` records the settings.
 
     Raises:
         `IncompleteDataError`: If images, captions or classes are missing. The message lists them and their source.
