@@ -8,7 +8,7 @@ It starts from the mean difference of prompt states (`direction`) and is trained
 (https://arxiv.org/abs/2403.17064): with the target moved by s times the direction, the frozen pipeline should predict
 what it predicts for the target, plus s times the difference of its predictions for the positive and the negative
 phrase. The pipeline draws the pictures itself. Prompts with the last prefix are held out: the loss on them, before and
-after, is printed and written to report.json. Use the file by `steer("man", load_direction("age/direction.safetensors"))`.
+after, is printed and written to report.json. `load_direction("age/direction.safetensors")` reads the file for `steer`.
 """
 
 import argparse

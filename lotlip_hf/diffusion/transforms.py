@@ -412,7 +412,10 @@ def load_direction(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise FileError(file, f"no direction of `save_direction` ({one_line(error)})") from error
     if not found or any(
-        not name.startswith("text_encoder") or one.dim() != 1 or not one.is_floating_point() or not one.isfinite().all()
+        not name.startswith("text_encoder")
+        or one.dim() != 1
+        or not one.is_floating_point()
+        or not one.isfinite().all()
         for name, one in found.items()
     ):
         raise FileError(file, "no direction of `save_direction`: it needs a finite vector for each text encoder")
