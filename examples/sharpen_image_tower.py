@@ -69,7 +69,9 @@ def share_image_tower(model: CLIPModel | LoTLIPModel) -> Any:
 @torch.no_grad()
 def embed(pipe: StableUnCLIPImg2ImgPipeline, pictures: Sequence[Image.Image]) -> torch.Tensor:
     """Image embeddings [N, D], as the pipeline reads them."""
-    embeds = [encode_image_prompts(pipe, [picture])["class_labels"].chunk(2, dim=-1)[0] for picture in pictures]
+    embeds = [
+        encode_image_prompts(pipe, [picture], args.size)["class_labels"].chunk(2, dim=-1)[0] for picture in pictures
+    ]
     return torch.cat(embeds)
 
 
@@ -109,12 +111,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         pipe,
         tower.parameters(),
         pictures,
-        [""] * len(pictures),  # all that the pipeline knows of a picture is its embedding
+        pictures,  # all that the pipeline knows of a picture is its embedding
         size=args.size,
         num_steps=args.num_steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        encode=encode_image_prompts,
     )
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)

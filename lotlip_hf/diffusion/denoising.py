@@ -92,24 +92,68 @@ def encode_prompts(pipe: "DiffusionPipeline", prompts: Sequence[str], size: int)
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
 
 
-def encode_image_prompts(pipe: "DiffusionPipeline", pictures: Sequence[Image.Image]) -> dict[str, Any]:
+def encode_image_prompts(pipe: "DiffusionPipeline", pictures: Sequence[Image.Image], size: int) -> dict[str, Any]:
     """
-    Computes what the denoiser of a Stable unCLIP gets for pictures, with gradients for the image tower.
+    Computes what the denoiser of a Stable unCLIP gets for pictures and empty prompts, with gradients for the image
+    tower.
 
     Args:
         pipe (`DiffusionPipeline`): A `StableUnCLIPImg2ImgPipeline`.
         pictures (`Sequence[PIL.Image.Image]`): B pictures. Their centre is cropped to a square.
+        size (`int`): Side of the pictures in pixels.
 
     Returns:
-        `dict[str, Any]`: `class_labels` [B, 2 * projection_dim]: the image embeddings and those of the noise level 0.
-            No noise is added to them, so that the same picture always gives the same numbers.
+        `dict[str, Any]`: Arguments of the denoiser, with `class_labels` [B, 2 * projection_dim]: the image embeddings
+            and those of the noise level 0. No noise is added, so that a picture always gives the same numbers.
     """
     tower = pipe.image_encoder
     pixels = pipe.feature_extractor(
         images=[_square(picture) for picture in pictures], return_tensors="pt"
     ).pixel_values
     embeds = tower(pixels.to(tower.device, tower.dtype)).image_embeds
-    return {"class_labels": pipe.noise_image_embeddings(embeds, noise_level=0, noise=torch.zeros_like(embeds))}
+    labels = pipe.noise_image_embeddings(embeds, noise_level=0, noise=torch.zeros_like(embeds))
+    return {**encode_prompts(pipe, [""] * len(pictures), size), "class_labels": labels}
+
+
+def denoise(
+    pipe: "DiffusionPipeline", latents: torch.Tensor, conditions: dict[str, Any], noise: Noise
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Computes what a pipeline's denoiser predicts for noisy latents, and what it should predict: the noise, the
+    velocity, or the flow.
+
+    Args:
+        pipe (`DiffusionPipeline`): Stable Diffusion 1.x, 2.x, XL or 3, or Flux.
+        latents (`torch.Tensor`): Latents [B, channels, height, width], from [`encode_pictures`].
+        conditions (`dict[str, Any]`): Arguments of the denoiser, from [`encode_prompts`].
+        noise (`Noise`): Noise and times, from [`draw_noise`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The prediction and its target, of equal shapes. Those of Flux are packed.
+    """
+    if hasattr(pipe, "unet"):
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        count = scheduler.config.num_train_timesteps
+        timesteps = (noise.times * count).long().clamp(max=count - 1)
+        noisy = scheduler.add_noise(latents, noise.noise, timesteps)
+        targets = {"epsilon": noise.noise, "sample": latents}
+        kind = scheduler.config.prediction_type
+        target = scheduler.get_velocity(latents, noise.noise, timesteps) if kind == "v_prediction" else targets[kind]
+        predicted = pipe.unet(noisy, timesteps, **conditions).sample
+        return predicted.float(), target.float()
+    times = noise.times.to(latents).reshape(-1, 1, 1, 1)
+    noisy, target = (1 - times) * latents + times * noise.noise, noise.noise - latents
+    if hasattr(pipe, "tokenizer_3"):
+        predicted = pipe.transformer(noisy, timestep=1000 * noise.times.to(latents), **conditions).sample
+        return predicted.float(), target.float()
+    shape = (len(latents), *latents.shape[1:])
+    noisy, target = (pipe._pack_latents(one, *shape) for one in (noisy, target))
+    ids = pipe._prepare_latent_image_ids(len(latents), shape[2] // 2, shape[3] // 2, latents.device, latents.dtype)
+    guidance = latents.new_ones(len(latents)) if pipe.transformer.config.guidance_embeds else None
+    predicted = pipe.transformer(
+        noisy, timestep=noise.times.to(latents), guidance=guidance, img_ids=ids, **conditions
+    ).sample
+    return predicted.float(), target.float()
 
 
 def denoising_loss(
@@ -123,7 +167,7 @@ def denoising_loss(
     Args:
         pipe (`DiffusionPipeline`): Stable Diffusion 1.x, 2.x, XL or 3, Flux, or Stable unCLIP.
         latents (`torch.Tensor`): Latents [B, channels, height, width], from [`encode_pictures`].
-        conditions (`dict[str, Any]`): Arguments of the denoiser, from [`encode_prompts`], and for Stable unCLIP also
+        conditions (`dict[str, Any]`): Arguments of the denoiser, from [`encode_prompts`], or for Stable unCLIP
             from [`encode_image_prompts`].
         noise (`Noise`): Noise and times, from [`draw_noise`].
 
@@ -144,36 +188,14 @@ def denoising_loss(
     True
     ```
     """
-    if hasattr(pipe, "unet"):
-        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        count = scheduler.config.num_train_timesteps
-        timesteps = (noise.times * count).long().clamp(max=count - 1)
-        noisy = scheduler.add_noise(latents, noise.noise, timesteps)
-        targets = {"epsilon": noise.noise, "sample": latents}
-        kind = scheduler.config.prediction_type
-        target = scheduler.get_velocity(latents, noise.noise, timesteps) if kind == "v_prediction" else targets[kind]
-        predicted = pipe.unet(noisy, timesteps, **conditions).sample
-        return F.mse_loss(predicted.float(), target.float())
-    times = noise.times.to(latents).reshape(-1, 1, 1, 1)
-    noisy, target = (1 - times) * latents + times * noise.noise, noise.noise - latents
-    if hasattr(pipe, "tokenizer_3"):
-        predicted = pipe.transformer(noisy, timestep=1000 * noise.times.to(latents), **conditions).sample
-        return F.mse_loss(predicted.float(), target.float())
-    shape = (len(latents), *latents.shape[1:])
-    noisy, target = (pipe._pack_latents(one, *shape) for one in (noisy, target))
-    ids = pipe._prepare_latent_image_ids(len(latents), shape[2] // 2, shape[3] // 2, latents.device, latents.dtype)
-    guidance = latents.new_ones(len(latents)) if pipe.transformer.config.guidance_embeds else None
-    predicted = pipe.transformer(
-        noisy, timestep=noise.times.to(latents), guidance=guidance, img_ids=ids, **conditions
-    ).sample
-    return F.mse_loss(predicted.float(), target.float())
+    return F.mse_loss(*denoise(pipe, latents, conditions, noise))
 
 
 def fit(
     pipe: "DiffusionPipeline",
     parameters: Iterable[torch.nn.Parameter],
     pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     *,
     size: int,
     num_steps: int,
@@ -183,16 +205,17 @@ def fit(
     held_out: float = 0.1,
     seed: int = 0,
     loss: Callable[..., torch.Tensor] = denoising_loss,
+    encode: Callable[..., Any] = encode_prompts,
 ) -> tuple[float, float, int]:
     """
-    Trains parameters by the denoising loss on pictures with prompts. All others stay frozen. Stable unCLIP also gets
-    the embedding of each picture. Ctrl-C ends the training early.
+    Trains parameters by the denoising loss on pictures with prompts. All others stay frozen. Ctrl-C ends the training
+    early.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline, whose encoders or denoiser use the parameters.
         parameters (`Iterable[torch.nn.Parameter]`): The parameters to train.
         pictures (`Sequence[PIL.Image.Image]`): N pictures.
-        prompts (`Sequence[str]`): N prompts.
+        prompts (`Sequence`): N prompts, or what `encode` takes instead.
         size (`int`): Side of the pictures in pixels.
         num_steps (`int`): Steps of AdamW.
         batch_size (`int`, *optional*, defaults to 8): Pictures in a step.
@@ -201,6 +224,8 @@ def fit(
         held_out (`float`, *optional*, defaults to 0.1): Share of the pictures, the last ones, that are only measured.
         seed (`int`, *optional*, defaults to 0): Seed of the order and the noise.
         loss (`Callable`, *optional*): Loss with the arguments of [`denoising_loss`].
+        encode (`Callable`, *optional*): Function with the arguments of [`encode_prompts`] that returns the
+            `conditions` of `loss`.
 
     Returns:
         `tuple[float, float, int]`: The loss on held-out pictures with the same noise before and after the training,
@@ -224,9 +249,7 @@ def fit(
     noise = [draw_noise(latents[number:], generator) for _ in range(4)]
 
     def losses(indices: Sequence[int], noise: Noise) -> torch.Tensor:
-        conditions = encode_prompts(pipe, [prompts[index] for index in indices], size)
-        if hasattr(pipe, "image_normalizer"):
-            conditions |= encode_image_prompts(pipe, [pictures[index] for index in indices])
+        conditions = encode(pipe, [prompts[index] for index in indices], size)
         return loss(pipe, latents[list(indices)], conditions, noise)
 
     @torch.no_grad()

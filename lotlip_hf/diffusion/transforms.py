@@ -2,13 +2,17 @@
 
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -17,11 +21,15 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..files import FileError, one_line, read_regular, replacing
 from .text_encoder import LoTLIPResampler, pipeline_target_layer
 from .tokenizers import text_end
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+# Vectors of a few text encoders are a few KB.
+MAX_DIRECTION_BYTES = 1 << 20
 
 
 @dataclass
@@ -359,6 +367,58 @@ def direction(
             )
             differences.append(with_it - without)
         found[name] = torch.cat(differences).mean(0)
+    return found
+
+
+def save_direction(direction: Mapping[str, torch.Tensor], file: str | os.PathLike) -> None:
+    """
+    Saves a direction.
+
+    Args:
+        direction (`Mapping[str, torch.Tensor]`): Vector [hidden_size] for each text encoder, from [`direction`].
+        file (`str` or `os.PathLike`): File, such as `direction.safetensors`. An existing file is replaced.
+    """
+    with replacing(Path(file)) as opened:
+        opened.write(save({name: one.detach().cpu().contiguous() for name, one in direction.items()}))
+
+
+def load_direction(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    Loads a direction of [`save_direction`].
+
+    Args:
+        file (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Vector [hidden_size] for each text encoder, for [`steer`].
+
+    Raises:
+        `ValueError`: If the file is not a direction, or larger than 1 MiB.
+        `OSError`: If there is no such file.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lotlip_hf.diffusion.transforms import load_direction, save_direction
+
+    >>> save_direction({"text_encoder": torch.ones(768)}, "direction.safetensors")
+    >>> load_direction("direction.safetensors")["text_encoder"].shape
+    torch.Size([768])
+    ```
+    """
+    try:
+        found = load(read_regular(file, MAX_DIRECTION_BYTES))
+    except SafetensorError as error:
+        raise FileError(file, f"no direction of `save_direction` ({one_line(error)})") from error
+    if not found or any(
+        not name.startswith("text_encoder")
+        or one.dim() != 1
+        or not one.is_floating_point()
+        or not one.isfinite().all()
+        for name, one in found.items()
+    ):
+        raise FileError(file, "no direction of `save_direction`: it needs a finite vector for each text encoder")
     return found
 
 

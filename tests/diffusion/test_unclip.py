@@ -69,7 +69,7 @@ def test_the_denoiser_gets_what_it_gets_from_its_pipeline(monkeypatch: pytest.Mo
     pipe(pictures, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     latents = encode_pictures(pipe, pictures, SIZE)
     with torch.no_grad():
-        conditions = {**encode_prompts(pipe, [""] * 3, SIZE), **encode_image_prompts(pipe, pictures)}
+        conditions = encode_image_prompts(pipe, pictures, SIZE)
         denoising_loss(pipe, latents, conditions, draw_noise(latents))
     handle.remove()
     theirs, ours = calls
@@ -83,7 +83,7 @@ def test_an_image_and_its_latents_are_the_same_square() -> None:
     wide = picture.resize((90, 30))
     square = wide.crop((30, 0, 60, 30))
     with torch.no_grad():
-        first, second = (encode_image_prompts(pipe, [one])["class_labels"] for one in (wide, square))
+        first, second = (encode_image_prompts(pipe, [one], SIZE)["class_labels"] for one in (wide, square))
     torch.testing.assert_close(first, second)
 
 
@@ -92,7 +92,7 @@ def test_all_but_the_image_tower_stays(folders: dict[str, Path]) -> None:
     modules = {name: one for name, one in pipe.components.items() if isinstance(one, torch.nn.Module)}
     before = {name: {key: value.clone() for key, value in one.state_dict().items()} for name, one in modules.items()}
     pictures = drawn(6)
-    fit(pipe, pipe.image_encoder.parameters(), pictures, [""] * 6, size=SIZE, num_steps=2, learning_rate=1e-3)
+    fit(pipe, pipe.image_encoder.parameters(), pictures, pictures, size=SIZE, num_steps=2, encode=encode_image_prompts)
     moved = {
         name
         for name, one in modules.items()
@@ -153,12 +153,12 @@ def test_embeddings_tell_more_of_their_own_picture(monkeypatch: pytest.MonkeyPat
 
     def train(module: torch.nn.Module, num_steps: int, learning_rate: float) -> None:
         options = {"size": SIZE, "num_steps": num_steps, "batch_size": 16, "learning_rate": learning_rate}
-        fit(pipe, module.parameters(), pictures, [""] * len(pictures), **options)
+        fit(pipe, module.parameters(), pictures, pictures, **options, encode=encode_image_prompts)
 
     @torch.no_grad()
     def measured() -> tuple[float, float]:
         """The loss with the embeddings of held-out pictures, and with those of other pictures."""
-        embeds = encode_image_prompts(pipe, held_out)["class_labels"]
+        embeds = encode_image_prompts(pipe, held_out, SIZE)["class_labels"]
         prompts = encode_prompts(pipe, [""] * len(held_out), SIZE)
         own, other = (
             sum(float(denoising_loss(pipe, latents, {**prompts, "class_labels": one}, noise)) for noise in noises)
