@@ -67,12 +67,10 @@ def share_image_tower(model: CLIPModel | LoTLIPModel) -> Any:
 
 
 @torch.no_grad()
-def embed(pipe: StableUnCLIPImg2ImgPipeline, pictures: Sequence[Image.Image]) -> torch.Tensor:
+def embed(pipe: StableUnCLIPImg2ImgPipeline, pictures: Sequence[Image.Image], size: int) -> torch.Tensor:
     """Image embeddings [N, D], as the pipeline reads them."""
-    embeds = [
-        encode_image_prompts(pipe, [picture], args.size)["class_labels"].chunk(2, dim=-1)[0] for picture in pictures
-    ]
-    return torch.cat(embeds)
+    labels = [encode_image_prompts(pipe, [picture], size)["class_labels"] for picture in pictures]
+    return torch.cat(labels).chunk(2, dim=-1)[0]
 
 
 @printable_output()
@@ -95,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if len(pictures) < 2:
         raise ValueError(f"--data {args.data} has {len(pictures)} pictures. Pass a folder with two or more.")
     sample = pictures[-16:]
-    own, tower = embed(pipe, sample), share_image_tower(model)
+    own, tower = embed(pipe, sample, args.size), share_image_tower(model)
     pipe.register_modules(image_encoder=tower)
 
     def similarity() -> float:
-        return float(F.cosine_similarity(embed(pipe, sample), own).mean())
+        return float(F.cosine_similarity(embed(pipe, sample, args.size), own).mean())
 
     start = similarity() if model.projection_dim == own.shape[-1] else 0.0
     if start < 0.5:  # the training would hide it, and the texts would no longer fit

@@ -7,12 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -21,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from ..files import FileError, one_line, read_regular, replacing
+from ..files import FileError, read_tensors, write_tensors
 from .text_encoder import LoTLIPResampler, pipeline_target_layer
 from .tokenizers import text_end
 
@@ -378,8 +375,7 @@ def save_direction(direction: Mapping[str, torch.Tensor], file: str | os.PathLik
         direction (`Mapping[str, torch.Tensor]`): Vector [hidden_size] for each text encoder, from [`direction`].
         file (`str` or `os.PathLike`): File, such as `direction.safetensors`. An existing file is replaced.
     """
-    with replacing(Path(file)) as opened:
-        opened.write(save({name: one.detach().cpu().contiguous() for name, one in direction.items()}))
+    write_tensors(file, direction)
 
 
 def load_direction(file: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -407,18 +403,12 @@ def load_direction(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     torch.Size([768])
     ```
     """
-    try:
-        found = load(read_regular(file, MAX_DIRECTION_BYTES))
-    except SafetensorError as error:
-        raise FileError(file, f"no direction of `save_direction` ({one_line(error)})") from error
+    found, _ = read_tensors(file, MAX_DIRECTION_BYTES)
     if not found or any(
-        not name.startswith("text_encoder")
-        or one.dim() != 1
-        or not one.is_floating_point()
-        or not one.isfinite().all()
+        not name.startswith("text_encoder") or one.dim() != 1 or not one.is_floating_point()
         for name, one in found.items()
     ):
-        raise FileError(file, "no direction of `save_direction`: it needs a finite vector for each text encoder")
+        raise FileError(file, "no direction of `save_direction`: it needs a vector for each text encoder")
     return found
 
 
