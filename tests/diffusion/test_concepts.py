@@ -28,7 +28,7 @@ def test_a_direction_is_saved(tmp_path: Path) -> None:
     vector = torch.ones(8)
     for wrong in ({"unet": vector}, {"text_encoder": vector[None]}, {"text_encoder": vector / 0}, {}):
         save_file(wrong, file)
-        with pytest.raises(ValueError, match="save_direction"):
+        with pytest.raises(ValueError, match=file.name):
             load_direction(file)
     for content in (b"\x80\x04pickle", bytes(1 << 21)):
         file.write_bytes(content)
