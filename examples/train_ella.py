@@ -20,12 +20,9 @@ from diffusers import DiffusionPipeline
 from transformers import AutoModel, AutoTokenizer, set_seed
 
 import lotlip_hf
-from lotlip_hf.data.records import load_records
-from lotlip_hf.diffusion.denoising import fit
+from lotlip_hf.diffusion.denoising import fit, read_pictures
 from lotlip_hf.diffusion.ella import ELLA, connected, load_ella, save_ella
 from lotlip_hf.files import write_json
-from lotlip_hf.images import load_image
-from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
 
 
@@ -55,14 +52,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def pictures_and_prompts(data: str, number: int) -> tuple[list[Any], list[str]]:
-    """Reads pictures with their first long caption."""
-    records: Any = scenes_dataset(number) if data == "scenes" else load_records(data)
-    chosen = [records[index] for index in range(min(number, len(records)))]
-    prompts = [(record["long_captions"] or [record["short_caption"]])[0] for record in chosen]
-    return [load_image(record["image"], f"record {record['id']}") for record in chosen], prompts
-
-
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains a connector, or draws a picture, and returns the report."""
@@ -85,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     width = getattr(model.config, "text_config", model.config).hidden_size
     ella = load_ella(args.start) if args.start else ELLA(width, pipe.unet.config.cross_attention_dim, args.num_layers)
     ella = ella.to(device).train()
-    pictures, prompts = pictures_and_prompts(args.data, args.num_pictures)
+    pictures, prompts = read_pictures(args.data, args.num_pictures)
     with connected(pipe, ella, tower, tokenizer, args.max_length):
         before, after, steps = fit(
             pipe,

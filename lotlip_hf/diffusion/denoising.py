@@ -11,6 +11,9 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import get_constant_schedule_with_warmup
 
+from ..data.records import load_records
+from ..images import load_image
+from ..scenes.dataset import scenes_dataset
 from ..terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -35,6 +38,23 @@ def _square(picture: Image.Image) -> Image.Image:
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return picture.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def read_pictures(data: str, number: int) -> tuple[list[Image.Image], list[str]]:
+    """
+    Reads pictures with prompts: their first long captions, or the short ones.
+
+    Args:
+        data (`str`): Records, as for `lotlip train --data`, or `"scenes"` for drawn pictures.
+        number (`int`): Number of pictures to read, from the first.
+
+    Returns:
+        `tuple[list[PIL.Image.Image], list[str]]`: The pictures and their prompts.
+    """
+    records: Any = scenes_dataset(number) if data == "scenes" else load_records(data)
+    chosen = [records[index] for index in range(min(number, len(records)))]
+    prompts = [(record["long_captions"] or [record["short_caption"]])[0] for record in chosen]
+    return [load_image(record["image"], f"record {record['id']}") for record in chosen], prompts
 
 
 @torch.no_grad()

@@ -10,12 +10,11 @@ from PIL import Image
 from test_diffusion import bert, bert_tokenizer
 
 import tiny_diffusion
-from lotlip_hf.diffusion.denoising import Noise, denoising_loss, draw_noise, encode_pictures, encode_prompts, fit
+from lotlip_hf.diffusion.denoising import Noise, denoising_loss, draw_noise, encode_pictures, encode_prompts
 from lotlip_hf.diffusion.swap import swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder, LoTLIPWindowAdapter
-from lotlip_hf.scenes.dataset import scenes_dataset
 from scripts import load_script
-from tiny_diffusion import SIZE, picture, pipeline
+from tiny_diffusion import SIZE, picture, pipeline, same
 
 KINDS = list(tiny_diffusion.BUILDERS)
 SLOTS = [("sd", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")]
@@ -107,7 +106,7 @@ def windowed(kind: str = "sd", slot: str = "text_encoder") -> tuple[Any, Any]:
     pipe = pipeline(kind)
     tower = tiny_diffusion.lotlip(getattr(pipe, slot))
     have_projections = [hasattr(one, "text_projection") for one in (getattr(pipe, slot),)]
-    options = {"target_layer": -2 if kind == "sdxl" else -1}
+    options = {"target_layer": -2 if kind in ("sdxl", "sd3") else -1}
     if have_projections[0]:
         options["projection_dim"] = tower.text_projection.out_features
     encoders = [LoTLIPTextEncoder.from_text_model(tower, adapter=kind, **options) for kind in ("window", None)]
@@ -140,24 +139,25 @@ def test_the_window_by_hand() -> None:
     torch.testing.assert_close(adapter(states), expected)
 
 
-def drawn(number: int) -> tuple[list[Image.Image], list[str]]:
-    scenes = scenes_dataset(number)
-    return [record["image"] for record in scenes], [record["short_caption"] for record in scenes]
-
-
 @pytest.mark.slow
-def test_a_window_learns_alone() -> None:
-    pipe, _ = windowed()
-    before = {name: one.clone() for name, one in pipe.text_encoder.state_dict().items()}
-    frozen = {name: one.clone() for name, one in pipe.unet.state_dict().items()}
-    parameters = list(pipe.text_encoder.adapter.parameters())
-    options = {"size": SIZE, "num_steps": 60, "batch_size": 8, "learning_rate": 1e-2}
-    start, end, steps = fit(pipe, parameters, *drawn(60), **options)
-    assert steps == 60
-    assert end < start - 0.005
-    assert all(torch.equal(one, pipe.unet.state_dict()[name]) for name, one in frozen.items())
-    moved = {name for name, one in pipe.text_encoder.state_dict().items() if not torch.equal(one, before[name])}
-    assert moved == {"adapter.conv.weight", "adapter.conv.bias"}
+def test_a_window_learns_alone(tmp_path: Path) -> None:
+    pipe = pipeline("sd")
+    pipe.save_pretrained(tmp_path / "sd")
+    tower = tiny_diffusion.lotlip(pipe.text_encoder)
+    tower.save_pretrained(tmp_path / "tower")
+    options = (
+        f"--data scenes --num-pictures 60 --num-steps 60 --batch-size 8 --learning-rate 1e-2 --size {SIZE}".split()
+    )
+    paths = ["--pipeline", str(tmp_path / "sd"), "--model", str(tmp_path / "tower"), "--output", str(tmp_path / "new")]
+    report = load_script("examples/train_window.py").main([*paths, *options, "--batch-size", "8"])
+    assert report["steps"] == 60
+    assert report["loss_after"] < report["loss_before"] - 0.005
+    plain = picture(pipe, PROMPTS[0])
+    swap_text_encoder(pipe, tmp_path / "new")
+    assert not same(picture(pipe, PROMPTS[0]), plain)
+    trained, before = pipe.text_encoder.state_dict(), tower.state_dict()
+    assert all(torch.equal(one, trained[f"text_model.{name}"]) for name, one in before.items())
+    assert trained.keys() - {f"text_model.{name}" for name in before} == {"adapter.conv.weight", "adapter.conv.bias"}
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from test_diffusion import bert, bert_tokenizer
 
 import tiny_clip
 import tiny_diffusion
+import tiny_families
+from lotlip_hf import LoTLIPTextConfig, LoTLIPTextModel
 from lotlip_hf.diffusion.ella import ELLA, connected, load_ella, save_ella
 from tiny_diffusion import picture, pipeline, same
 
@@ -85,7 +87,20 @@ def test_states_in_the_unet_are_the_connectors() -> None:
     assert not torch.allclose(seen[0][1], seen[1][1], atol=1e-3)
 
 
-def test_t5_is_a_text_tower(tmp_path: Path) -> None:
+def test_a_decoder_is_a_text_tower() -> None:
+    pipe = pipeline("sd")
+    config = LoTLIPTextConfig(backbone_config=tiny_families.FAMILIES["qwen3"].stock_config())
+    tower = tiny_families.spread(LoTLIPTextModel(config))
+    seen, text = [], "the cat and a red house"
+    with connected(pipe, ella(config.hidden_size), tower, bert_tokenizer(), max_length=30):
+        pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        assert not same(picture(pipe, text), picture(pipe, "the dog"))
+    states = tower(**bert_tokenizer()(text, return_tensors="pt")).last_hidden_state
+    expected = ella(config.hidden_size)(states, torch.tensor(501))
+    assert min((one["encoder_hidden_states"][1] - expected[0]).abs().max() for one in seen) < 1e-3
+
+
+def test_t5_is_a_text_tower() -> None:
     pipe = pipeline("sd")
     with connected(pipe, ella(2 * WIDTH), tiny_diffusion.t5_encoder().eval(), tiny_diffusion.t5_tokenizer(), 20):
         assert not same(picture(pipe, "the cat"), picture(pipe, "the dog"))

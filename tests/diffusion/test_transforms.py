@@ -9,6 +9,7 @@ import compel
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from test_denoising import windowed
 from test_diffusion import bert, bert_tokenizer, inversion, lora_weights
 
 import tiny_diffusion
@@ -16,6 +17,7 @@ from lotlip_hf.diffusion.ella import ELLA, connected
 from lotlip_hf.diffusion.swap import swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
 from lotlip_hf.diffusion.transforms import PromptTokens, direction, isolate, keep, merge, steer, suppress, transformed
+from scripts import load_script
 from tiny_diffusion import picture, pipeline, same
 
 KINDS = list(tiny_diffusion.BUILDERS)
@@ -312,12 +314,12 @@ def test_a_swapped_encoder() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_of_pipelines_is_true(repository: Path) -> None:
+def test_the_table_of_pipelines_is_true(repository: Path, tmp_path: Path) -> None:
     lines = (repository / "docs" / "diffusion.md").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| | Stable Diffusion 1.x |"))
-    states, pooled, ella = (
-        [cell.strip() for cell in line[2:-1].split("|")][1:] for line in lines[start + 2 : start + 5]
-    )
+    rows = [[cell.strip() for cell in line[2:-1].split("|")][1:] for line in lines[start + 2 : start + 8]]
+    states, pooled, ella, window, directions, word = rows
+    invert = load_script("examples/invert_concept.py").main
     tower, tokenizer = bert(), bert_tokenizer()
     for index, kind in enumerate(KINDS):
         pipe = pipeline(kind)
@@ -335,3 +337,15 @@ def test_the_table_of_pipelines_is_true(repository: Path) -> None:
         fits = contextlib.nullcontext() if ella[index] == "yes" else pytest.raises(ValueError, match="pipe")
         with fits, connected(pipe, connector, tower, tokenizer, max_length=30):
             assert not same(picture(pipe, PROMPT), plain), kind
+        with transformed(pipe, steer("cat", direction(pipe, [("red cat", "cat")]), 5.0)):
+            assert same(picture(pipe, PROMPT), plain) != directions[index].startswith("yes"), kind
+        pipe.save_pretrained(tmp_path / kind)
+        refused = "--pictures" if word[index] == "yes" else "--pipeline"  # there are no pictures
+        with pytest.raises(SystemExit, match=refused):
+            invert(
+                ["--pipeline", str(tmp_path / kind), "--pictures", str(tmp_path), "--word", "cat", "--token", "<toy>"]
+            )
+        adapted = windowed(kind, "text_encoder")[0]
+        before = picture(adapted, PROMPT)
+        torch.nn.init.normal_(adapted.text_encoder.adapter.conv.weight)
+        assert same(picture(adapted, PROMPT), before) != (window[index] == "yes"), kind
