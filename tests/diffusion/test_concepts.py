@@ -66,7 +66,7 @@ def test_the_matching_loss_by_hand(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.same_bits
-# Of Stable Diffusion XL's loss, most is the pooled state, which a direction does not move.
+# The loss of Stable Diffusion XL does not fall in these few steps.
 @pytest.mark.parametrize(("kind", "steps", "share"), [("sd", 40, 0.9), ("sdxl", 3, 1.01)])
 def test_a_direction_is_learnt(kind: str, steps: int, share: float, tmp_path: Path) -> None:
     pipeline(kind).save_pretrained(tmp_path / kind)
