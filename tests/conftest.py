@@ -98,16 +98,20 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logging() -> Iterator[None]:
-    """Each test leaves the settings of logging as they were: a later test may wait for a warning."""
-    names = (None, *(name for name in logging.root.manager.loggerDict if name.split(".")[0] == "lotlip_hf"))
-    before = {name: logging.getLogger(name).level for name in names}, logging.root.filters[:]
-    yield
-    after = {name: logging.getLogger(name).level for name in names}, logging.root.filters[:]
+    """Each test sees the package's warnings, whatever a library did to logging before, and leaves the levels alone."""
     logging.disable(logging.NOTSET)
-    for name, level in before[0].items():
-        logging.getLogger(name).setLevel(level)
-    logging.root.filters[:] = before[1]
-    assert after == before
+    logging.root.setLevel(logging.WARNING)
+    for handler in logging.root.handlers:  # pytest's, which last as long as the session
+        handler.setLevel(logging.NOTSET)
+        handler.filters.clear()
+    known = logging.root.manager.loggerDict.items()
+    own = [one for name, one in known if name.split(".")[0] == "lotlip_hf" and isinstance(one, logging.Logger)]
+    for logger in own:
+        logger.disabled, logger.propagate = False, True
+        logger.setLevel(logging.NOTSET)
+    yield
+    assert logging.root.level == logging.WARNING
+    assert not any(logger.level for logger in own)
 
 
 @pytest.fixture(autouse=True)
