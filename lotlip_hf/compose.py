@@ -133,11 +133,12 @@ def load_composer(folder: str | Path, encoder: Encoder) -> Composer | None:
     weights, _ = read_tensors(path)
     words = engine.model.text_model.get_input_embeddings().embedding_dim
     hidden = weights.get("layers.0.bias", torch.empty(0)).numel()
+    size = encoder.dim  # computed, which must not be on the device below
     with torch.device("meta"):
-        composer = Composer(encoder.dim, words, hidden or None)
+        composer = Composer(size, words, hidden or None)
     expected = {name: weight.shape for name, weight in composer.state_dict().items()}
     if {name: weight.shape for name, weight in weights.items()} != expected:
-        reason = f"not the composer of a model with embeddings of size {encoder.dim} and words of size {words}"
+        reason = f"not the composer of a model with embeddings of size {size} and words of size {words}"
         raise FileError(path, f"{reason}. Train one with examples/compose_queries.py, or delete the file")
     weights = {name: weight.float() for name, weight in weights.items()}
     composer.load_state_dict(weights, assign=True)
