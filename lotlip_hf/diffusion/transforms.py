@@ -161,7 +161,7 @@ def suppress(words: str, strength: float = 1.0, rank: int | None = None) -> Tran
     ...     picture = pipe("a red cat").images[0]
     ```
     """
-    _check_share("strength", strength)
+    _check_strength(strength)
 
     def transform(states: torch.Tensor, prompt: PromptTokens) -> torch.Tensor:
         undesired = states[sum(prompt.find(words), [])]
@@ -198,7 +198,7 @@ def isolate(words: str, clean: str | None = None, strength: float = 1.0) -> Tran
     ...     picture = pipe("a photo of a cat and a red house").images[0]
     ```
     """
-    _check_share("strength", strength)
+    _check_strength(strength)
 
     def transform(states: torch.Tensor, prompt: PromptTokens) -> torch.Tensor:
         others, other = prompt.encode(clean or words)
@@ -236,7 +236,7 @@ def keep(*words: str, strength: float = 1.0) -> Transform:
     ...     picture = pipe("a photo of a red cat").images[0]
     ```
     """
-    _check_share("strength", strength)
+    _check_strength(strength)
 
     def transform(states: torch.Tensor, prompt: PromptTokens) -> torch.Tensor:
         kept = {index for one in words for part in _found(prompt, one) for index in part}
@@ -273,7 +273,7 @@ def merge(words: str, strength: float = 1.0) -> Transform:
     ...     picture = pipe("a cat and a red house").images[0]
     ```
     """
-    _check_share("strength", strength)
+    _check_strength(strength)
 
     def transform(states: torch.Tensor, prompt: PromptTokens) -> torch.Tensor:
         new = states.clone()
@@ -420,9 +420,9 @@ def _found(prompt: PromptTokens, words: str) -> list[list[int]]:
     return found
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_strength(value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be from 0 to 1, got {value}.")
+        raise ValueError(f"`strength` must be from 0 to 1, got {value}.")
 
 
 def _slots(pipe: "DiffusionPipeline", slot: str | Sequence[str] | None, pooled: bool = False) -> list[str]:
@@ -514,6 +514,11 @@ def _hook(
     tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
     ids, *rest = args or (kwargs["input_ids"],)
     options = {key: value for key, value in kwargs.items() if key != "input_ids"}
+    split = partial(tokenizer.encode, add_special_tokens=False)
+
+    @cache  # the same for all layers
+    def read(row: tuple[int, ...]) -> tuple[str, list[tuple[int, int]], int]:
+        return _read(tokenizer, list(row))
 
     @cache
     def other_output(text: str) -> tuple[torch.Tensor, ModelOutput]:
@@ -529,19 +534,18 @@ def _hook(
         def encode(text: str) -> tuple[torch.Tensor, PromptTokens]:
             other_ids, other = other_output(text)
             found = other.last_hidden_state if layer is None else other.hidden_states[layer]
-            return found[0], read(other_ids[0])
+            return found[0], tokens(other_ids[0].tolist())
 
-        def read(row: torch.Tensor) -> PromptTokens:
-            split = partial(tokenizer.encode, add_special_tokens=False)
-            return PromptTokens(name, row.tolist(), *_read(tokenizer, row.tolist()), encode, split)
+        def tokens(row: list[int]) -> PromptTokens:
+            return PromptTokens(name, row, *read(tuple(row)), encode, split)
 
-        return torch.stack([transform(one, read(row)) for one, row in zip(states, ids, strict=True)])
+        return torch.stack([transform(one, tokens(row)) for one, row in zip(states, ids.tolist(), strict=True)])
 
     new = {"last_hidden_state": changed(output["last_hidden_state"], None)}
     if output.get("hidden_states") is not None:
         new["hidden_states"] = tuple(changed(one, layer) for layer, one in enumerate(output["hidden_states"]))
     if pooled:
-        ends = torch.tensor([_read(tokenizer, row.tolist())[2] for row in ids], device=ids.device)
+        ends = torch.tensor([read(tuple(row))[2] for row in ids.tolist()], device=ids.device)
         pooled_states = new["last_hidden_state"][range(len(ids)), ends]
         is_projected = isinstance(encoder, CLIPTextModelWithProjection)
         new["text_embeds" if is_projected else "pooler_output"] = (

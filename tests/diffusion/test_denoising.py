@@ -10,6 +10,7 @@ from PIL import Image
 from test_diffusion import bert, bert_tokenizer
 
 import tiny_diffusion
+from lotlip_hf import LoTLIPTextModelWithProjection
 from lotlip_hf.diffusion.denoising import Noise, denoising_loss, draw_noise, encode_pictures, encode_prompts
 from lotlip_hf.diffusion.swap import swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder, LoTLIPWindowAdapter
@@ -105,9 +106,8 @@ def windowed(kind: str = "sd", slot: str = "text_encoder") -> tuple[Any, Any]:
     """A pipeline with WiCLP's map behind one of its text encoders, and the same encoder without it."""
     pipe = pipeline(kind)
     tower = tiny_diffusion.lotlip(getattr(pipe, slot))
-    have_projections = [hasattr(one, "text_projection") for one in (getattr(pipe, slot),)]
     options = {"target_layer": -2 if kind in ("sdxl", "sd3") else -1}
-    if have_projections[0]:
+    if isinstance(tower, LoTLIPTextModelWithProjection):
         options["projection_dim"] = tower.text_projection.out_features
     encoders = [LoTLIPTextEncoder.from_text_model(tower, adapter=kind, **options) for kind in ("window", None)]
     swap_text_encoder(pipe, encoders[0], slot)
