@@ -300,9 +300,7 @@ class LoTLIPCollator:
         if self.patch_dropout and self.patch_size:
             kept = [self._draw_patches(batch, self.patch_size, rngs) for _ in range(self.image_views)]
             batch["kept_patches"] = kept[0] if self.image_views == 1 else torch.stack(kept, dim=1)
-        negatives = [
-            _draw_negatives(record, self.num_negatives, rng) for record, rng in zip(checked, rngs, strict=True)
-        ]
+        negatives = [self._draw_negatives(record, rng) for record, rng in zip(checked, rngs, strict=True)]
         regions = [_draw_regions(record, self.num_regions, rng) for record, rng in zip(checked, rngs, strict=True)]
         masked = [(drawn.long or [drawn.short])[:1] if self.mask_words else [] for drawn in texts]
         rows = [
@@ -392,6 +390,15 @@ class LoTLIPCollator:
         filled = [row + [number] * (longest - len(row)) for row, number in zip(kept, numbers, strict=True)]
         return torch.tensor(filled)
 
+    def _draw_negatives(self, record: Record, rng: Random) -> tuple[list[str], list[bool]]:
+        """Returns negatives of a record, filled up with its short caption, and which of them are negatives."""
+        known, number = record.get("negatives", []), self.num_negatives
+        drawn = rng.sample(known, min(number, len(known)))
+        if write := getattr(self.draw, "negative", None):
+            drawn = [write(record, text, rng) for text in drawn]
+        rest = number - len(drawn)
+        return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
+
     def _warn(self, error: ValueError) -> None:
         self._warnings += 1
         if self._warnings <= MAX_WARNINGS:
@@ -411,14 +418,6 @@ def image_key(record: Mapping[str, Any]) -> str:
 def num_riders(batch: Mapping[str, Any]) -> dict[str, int]:
     """Returns the numbers of the riders of each record, the last of its texts, by the name of their embeddings."""
     return {name: batch[tensor].shape[1] for name, tensor in RIDERS.items() if tensor in batch}
-
-
-def _draw_negatives(record: Record, number: int, rng: Random) -> tuple[list[str], list[bool]]:
-    """Returns negatives of a record, filled up with its short caption, and which of them are negatives."""
-    known = record.get("negatives", [])
-    drawn = rng.sample(known, min(number, len(known)))
-    rest = number - len(drawn)
-    return drawn + [record["short_caption"]] * rest, [True] * len(drawn) + [False] * rest
 
 
 def _seen(record: Record, kept: tuple[float, float, float, float]) -> Record:

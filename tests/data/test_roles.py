@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lotlip_hf import LoTLIPProcessor
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.record import RecordError, record_rng, texts_digest
 from lotlip_hf.data.records import MissingColumn, load_records
-from lotlip_hf.data.sampling import Mixed, SubCaptions
+from lotlip_hf.data.sampling import Mixed, SubCaptions, WholeCaptions
 from lotlip_hf.images import official_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.config import parse_arguments
@@ -139,6 +140,30 @@ def test_negatives_ride_behind_the_long_texts(num_long_texts: int, processor: Lo
         plain.num_negatives = 0
         assert torch.equal(both["kept_patches"], plain(records)["kept_patches"])
     assert seen == set(NEGATIVES[0])
+
+
+@pytest.mark.parametrize("splitter", ["sentences", "full_stops"])
+def test_a_negative_has_the_form_of_the_long_texts(splitter: Any) -> None:
+    """A full stop at the end alone would tell it from them."""
+    caption = "A cat sleeps.\nIt is 3.5 feet long! Does it dream?  It purrs."
+    one: Any = record(long_captions=[caption])
+    for draw in (SubCaptions(1, 0, splitter=splitter), WholeCaptions(splitter=splitter)):
+        assert draw.negative(one, caption, Random(0)) == draw([one], [Random(0)])[0].long[0]
+    assert SubCaptions(0).negative(one, caption, Random(0)) == caption  # the short caption is not split
+
+
+def test_a_negative_sub_caption_has_a_false_sentence() -> None:
+    one: Any = record(long_captions=[LONG[0], "It has a tail. It is soft."])
+    false = "A cat sleeps. It is grey. It runs. It purrs. It is soft."
+    draw = SubCaptions(1, 2)
+    drawn = {draw.negative(one, false, Random(seed)) for seed in range(40)}
+    assert drawn == {"It is grey. It runs", "It runs. It purrs"}
+    shuffled = SubCaptions(1, 2, sentence_order="shuffled")
+    assert len({shuffled.negative(one, false, Random(seed)) for seed in range(40)}) == 4
+    all_true = {draw.negative(one, LONG[0], Random(seed)) for seed in range(40)}
+    assert all_true == {"A cat sleeps. It is grey", "It is grey. It dreams", "It dreams. It purrs"}
+    assert SubCaptions(1, 9).negative(one, "A dog.", Random(0)) == "A dog"
+    assert draw.negative(one, "...", Random(0)) == "..."  # has no sentence
 
 
 def test_regions_ride_behind_the_negatives(processor: LoTLIPProcessor) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from ..record import Record, Texts
+from ..record import Record, Texts, caption_key
 from ..sentences import SPLITTERS
 
 
@@ -92,8 +92,26 @@ class SubCaptions:
             if not left:
                 left += rng.sample(range(len(sentences) - length + 1), len(sentences) - length + 1)
             start = left.pop()
-            drawn = sentences[start : start + length]
-            if self.sentence_order == "shuffled":
-                rng.shuffle(drawn)
-            texts.append(". ".join(drawn))
+            texts.append(self._join(sentences[start : start + length], rng))
         return Texts(short, texts, stand_in=False)
+
+    def negative(self, record: Record, text: str, rng: Random) -> str:
+        """
+        Draws from a negative a text in the form of the long texts, or the model would tell them apart by their form:
+        a sub-caption with a sentence that no caption of the record has. Without long texts, it is the whole negative.
+        """
+        split = SPLITTERS[self.splitter]
+        sentences = split(text)
+        if not self.num_long_texts or not sentences:
+            return text
+        true = {caption_key(sentence) for caption in record["long_captions"] for sentence in split(caption)}
+        wrong = [index for index, sentence in enumerate(sentences) if caption_key(sentence) not in true]
+        index = rng.choice(wrong or range(len(sentences)))
+        length = min(self.num_sentences or len(sentences), len(sentences))
+        start = rng.randint(max(0, index - length + 1), min(index, len(sentences) - length))
+        return self._join(sentences[start : start + length], rng)
+
+    def _join(self, sentences: list[str], rng: Random) -> str:
+        if self.sentence_order == "shuffled":
+            rng.shuffle(sentences)
+        return ". ".join(sentences)

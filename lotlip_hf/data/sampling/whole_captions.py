@@ -35,3 +35,7 @@ class WholeCaptions:
         if self.captioners is None:
             records = [{**record, "long_captions": record["long_captions"][:1]} for record in records]
         return SubCaptions(1, None, self.captioners and self.captioners[:1], splitter=self.splitter)(records, rngs)
+
+    def negative(self, record: Record, text: str, rng: Random) -> str:
+        """Returns a negative in the form of the long text, see [`SubCaptions.negative`]."""
+        return SubCaptions(1, None, splitter=self.splitter).negative(record, text, rng)
