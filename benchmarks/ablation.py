@@ -118,7 +118,6 @@ GROUPS: dict[str, list[Setting]] = {
     ],
     "sentences": _numbered("sentences", "num_sentences", {1: "1", 2: "2", 3: "3", 4: "4", 0: "all"}),
     "tokens": _numbered("tokens", "max_text_length", {number: str(number) for number in (32, 64, 128, 192, 256)}),
-    # With whole captions: a negative is one, and must not be known by its length.
     "methods": [
         Setting("sentences-all", "whole\ncaptions", {"num_sentences": 0}),
         *(
