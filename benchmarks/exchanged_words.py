@@ -1,5 +1,6 @@
 """Measures how often word alignment finds the word of a caption that the picture contradicts, on Scenes.
 
+    python benchmarks/exchanged_words.py --train run                         # train a model that sees all attributes
     python benchmarks/exchanged_words.py --model checkpoint                  # a model that was trained on Scenes
     python benchmarks/exchanged_words.py --model checkpoint --left-out       # also by leaving out each word
 
@@ -9,17 +10,40 @@ model can only find what it sees, so `recognised` says in how many pictures the 
 each way to give words values, the table has the share of captions whose lowest word is exchanged (`lowest`); the mean
 share of the other words above the lowest exchanged word (`others above`); and the share of captions where the
 exchanged words have a lower mean than in the true caption (`below true`).
+
+`--train` makes a model whose towers have mean pooling, in two stages. The image tower learns from labels, as image
+towers usually do: the attributes of the object in each cell. Then `lotlip train` trains both towers with the term
+`negatives`.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from lotlip_hf import Encoder, load_encoder
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lotlip_hf import Encoder, LoTLIPModel, load_encoder
+from lotlip_hf.cli import main as lotlip
 from lotlip_hf.files import printable
 from lotlip_hf.metrics import word_alignment
-from lotlip_hf.scenes.dataset import COLOURS, SHAPES, Scene, long_captions, negatives, render, scene
-from lotlip_hf.terminal import text_table
+from lotlip_hf.scenes.dataset import (
+    COLOURS,
+    GRID,
+    NUMBERS,
+    PATTERNS,
+    SHAPES,
+    Scene,
+    long_captions,
+    negatives,
+    render,
+    scene,
+)
+from lotlip_hf.scenes.small import small_model
+from lotlip_hf.terminal import progress_bar, text_table
 from lotlip_hf.words import split_words
 
 Values = list[list[float]]
@@ -93,6 +117,60 @@ def measure(method: Method, captions: Sequence[Exchanged]) -> dict[str, float]:
     return {name: value / len(captions) for name, value in shares.items()}
 
 
+def train(output: Path, steps: int, num_scenes: int) -> Path:
+    """Trains a model into the folder `output`, and returns its checkpoint."""
+    torch.manual_seed(0)
+    model, processor = small_model(max_text_length=128, hidden_size=192)
+    for config in (model.config.text_config, model.config.vision_config):
+        config.pooling = "mean"
+    learn_cells(model, [scene(index) for index in range(num_scenes)], steps)
+    start, run = output / "start", output / "run"
+    model.save_pretrained(start)
+    processor.save_pretrained(start)
+    options = f"--data scenes --num-scenes {num_scenes} --num-sentences 0 --num-long-texts 1 --terms infonce negatives"
+    options += f" --batch-size 64 --max-steps {steps} --warmup-steps 0.05"
+    options += " --learning-rate 1.5e-3 --image-learning-rate 5e-4"
+    if lotlip(["train", "--model", str(start), "--output", str(run), *options.split()]):
+        raise SystemExit(1)
+    return run / f"checkpoint-{steps}"
+
+
+def learn_cells(model: LoTLIPModel, scenes: Sequence[Scene], steps: int) -> float:
+    """
+    Trains the image tower and a head, which is discarded, to name the attributes of the object in each cell. Returns
+    the last loss.
+    """
+    names = [list(COLOURS), SHAPES, PATTERNS, NUMBERS[1:]]
+    pixels = torch.from_numpy(np.stack([np.asarray(render(one)) for one in scenes])).permute(0, 3, 1, 2)
+    labels = torch.full((len(scenes), GRID * GRID, len(names)), -1)
+    for each, one in zip(labels, scenes, strict=True):
+        for item in one.objects:
+            values = (item.colour, item.shape, item.pattern, NUMBERS[item.count])
+            each[item.cell] = torch.tensor([known.index(value) for known, value in zip(names, values, strict=True)])
+        for item in one.objects:
+            if item.inside:  # the cell has two objects
+                each[item.cell] = -1
+    tower = model.vision_model.train()
+    head = nn.Linear(tower.config.hidden_size, sum(map(len, names)))
+    parameters = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    loss = torch.zeros(())
+    for _ in progress_bar(range(steps), desc="Learning cells", unit="step"):
+        chosen = torch.randint(len(scenes), (64,))
+        states = tower.backbone(pixel_values=pixels[chosen] / 127.5 - 1).last_hidden_state[:, 1:]
+        logits, known = head(states).flatten(0, 1), labels[chosen].flatten(0, 1)
+        parts = logits.split([len(each) for each in names], dim=-1)
+        losses = [F.cross_entropy(part, known[:, index], ignore_index=-1) for index, part in enumerate(parts)]
+        loss = torch.stack(losses).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    return loss.item()
+
+
 def recognised(encoder: Encoder, captions: Sequence[Exchanged]) -> float:
     """The share of pictures that are nearer to the true caption."""
     images = encoder.encode_images([render(one.scene) for one in captions], progress=False)
@@ -104,10 +182,16 @@ def recognised(encoder: Encoder, captions: Sequence[Exchanged]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint that was trained on Scenes")
-    parser.add_argument("--num-scenes", type=int, default=500)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="checkpoint that was trained on Scenes")
+    model.add_argument("--train", type=Path, metavar="FOLDER", help="train a model in this new folder")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of each stage of --train")
+    parser.add_argument("--num-training-scenes", type=int, default=10_000, help="pictures to train on")
+    parser.add_argument("--num-scenes", type=int, default=500, help="pictures to measure on")
     parser.add_argument("--left-out", action="store_true", help="also leave out each word, which takes minutes")
     arguments = parser.parse_args(argv)
+    if arguments.train:
+        arguments.model = str(train(arguments.train, arguments.steps, arguments.num_training_scenes))
     encoder = load_encoder(arguments.model)
     captions = exchanged([scene(index, split="test") for index in range(arguments.num_scenes)], encoder)
     last = {"layers": [-1]}
@@ -121,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chance = sum(len(one.indices) / len(split_words(one.false)) for one in captions) / len(captions)
     print(f"{printable(arguments.model)}: by chance, the lowest word is exchanged in {chance:.1%} of the captions.")
     rows = []
-    for attribute in ("colour", "shape", "pattern"):
-        some = [one for one in captions if one.attribute == attribute]
+    for attribute in ("colour", "shape", "pattern", "any"):
+        some = [one for one in captions if attribute in (one.attribute, "any")]
         known = f"{recognised(encoder, some):.2f}"
         for name, method in methods.items():
             found = measure(method, some)
