@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="checkpoint that was trained on Scenes")
     model.add_argument("--train", type=Path, metavar="FOLDER", help="train a model in this new folder")
-    parser.add_argument("--steps", type=int, default=1600, help="steps of each stage of --train")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each stage of --train")
     parser.add_argument("--num-training-scenes", type=int, default=10_000, help="pictures to train on")
     parser.add_argument("--num-scenes", type=int, default=500, help="pictures to measure on")
     parser.add_argument("--left-out", action="store_true", help="also leave out each word, which takes minutes")
