@@ -146,10 +146,8 @@ def learn_cells(model: LoTLIPModel, scenes: Sequence[Scene], steps: int) -> floa
     for each, one in zip(labels, scenes, strict=True):
         for item in one.objects:
             values = (item.colour, item.shape, item.pattern, NUMBERS[item.count])
-            each[item.cell] = torch.tensor([known.index(value) for known, value in zip(names, values, strict=True)])
-        for item in one.objects:
-            if item.inside:  # the cell has two objects
-                each[item.cell] = -1
+            indices = [known.index(value) for known, value in zip(names, values, strict=True)]
+            each[item.cell] = -1 if item.inside else torch.tensor(indices)  # a cell with two objects has no labels
     tower = model.vision_model.train()
     head = nn.Linear(tower.config.hidden_size, sum(map(len, names)))
     parameters = [*tower.parameters(), *head.parameters()]
