@@ -104,12 +104,14 @@ class SubCaptions:
         sentences = split(text)
         if not self.num_long_texts or not sentences:
             return text
-        true = {caption_key(sentence) for caption in record["long_captions"] for sentence in split(caption)}
-        wrong = [index for index, sentence in enumerate(sentences) if caption_key(sentence) not in true]
-        index = rng.choice(wrong or range(len(sentences)))
         length = min(self.num_sentences or len(sentences), len(sentences))
-        start = rng.randint(max(0, index - length + 1), min(index, len(sentences) - length))
-        return self._join(sentences[start : start + length], rng)
+        if length < len(sentences):
+            true = {caption_key(sentence) for caption in record["long_captions"] for sentence in split(caption)}
+            wrong = [index for index, sentence in enumerate(sentences) if caption_key(sentence) not in true]
+            index = rng.choice(wrong or range(len(sentences)))
+            start = rng.randint(max(0, index - length + 1), min(index, len(sentences) - length))
+            sentences = sentences[start : start + length]
+        return self._join(sentences, rng)
 
     def _join(self, sentences: list[str], rng: Random) -> str:
         if self.sentence_order == "shuffled":
